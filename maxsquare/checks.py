@@ -1,0 +1,160 @@
+"""What every argument must be: TypeError for the wrong kind, ValueError for the wrong value.
+
+No check reads the elements of a tensor, so none waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_options(
+    *,
+    reduction: str = "mean",
+    scale: str = "paper",
+    activation: str = "softmax",
+    from_logits: bool = True,
+    align_corners: bool = False,
+    ratio: float | None = None,
+    threshold: float = 0,
+    q: float = 1,
+    weight: float = 0,
+    ignore_index: int = -1,
+) -> None:
+    """Raise for the first option that is not what it must be."""
+    _one_of("reduction", reduction, ("mean", "sum", "none"))
+    _one_of("scale", scale, ("paper", "reference"))
+    _one_of("activation", activation, ("softmax", "sigmoid"))
+    _flag("from_logits", from_logits)
+    _flag("align_corners", align_corners)
+    if ratio is not None:
+        check_ratio(ratio)
+    _number("threshold", threshold, lambda t: 0 <= t <= 1, "from 0 to 1")
+    _number("q", q, lambda q: 0 < q < math.inf, "above 0")
+    _number("weight", weight, lambda w: 0 <= w < math.inf, "of at least 0")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, not {ignore_index!r}")
+
+
+def check_ratio(ratio: float) -> None:
+    """The exponent of image-wise weights, where a loss cannot do without."""
+    _number("ratio", ratio, lambda a: 0 <= a <= 1, "from 0 to 1")
+
+
+def check_logits(name: str, logits: Tensor, activation: str) -> None:
+    """Logits are floating point, (N, C) or (N, C, *spatial) of up to three dimensions."""
+    _tensor(name, logits)
+    if logits.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, not {logits.dtype}")
+    if not 2 <= logits.dim() <= 5:
+        raise ValueError(
+            f"{name} must have shape (N, C, *spatial) with 0 to 3 spatial dimensions, "
+            f"not {tuple(logits.shape)}"
+        )
+    if logits.shape[1] < (2 if activation == "softmax" else 1):
+        raise ValueError(
+            f"{name} must have at least 2 classes (activation='sigmoid' takes a single channel), "
+            f"not shape {tuple(logits.shape)}"
+        )
+
+
+def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, int] | None:
+    """`size` as (height, width); only logits with two spatial dimensions have one."""
+    if size is None:
+        return None
+    pair = size if isinstance(size, Sequence) else (size, size)
+    if not all(map(_is_int, pair)):
+        raise TypeError(f"size must be one or two ints (height, width), not {size!r}")
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"size must be one or two positive ints (height, width), not {size!r}")
+    if logits.dim() != 4:
+        raise ValueError(
+            f"size needs logits of shape (N, C, height, width), not {tuple(logits.shape)}"
+        )
+    return pair[0], pair[1]
+
+
+def check_heads(
+    low_logits: Tensor | Sequence[Tensor], logits: Tensor, *, resized: bool
+) -> list[Tensor]:
+    """The low-level heads, each like `logits` in all but, before resizing, its resolution."""
+    heads = [low_logits] if isinstance(low_logits, Tensor) else low_logits
+    if not isinstance(heads, (list, tuple)) or not heads:
+        raise TypeError(f"low_logits must be a tensor or a list of tensors, not {low_logits!r}")
+    for head in heads:
+        _tensor("low_logits", head)
+        if head.dtype != logits.dtype:
+            raise TypeError(f"low_logits must be {logits.dtype} like logits, not {head.dtype}")
+        same = head.shape[:2] == logits.shape[:2] and head.dim() == logits.dim()
+        if not same or (not resized and head.shape != logits.shape):
+            raise ValueError(
+                f"low_logits must match the shape of logits {tuple(logits.shape)}"
+                f"{' up to height and width' if resized else ''}, not {tuple(head.shape)}"
+            )
+        _same_device("low_logits", head, logits)
+    return list(heads)
+
+
+def check_image_wise(labels: Tensor | None, ratio: float | None) -> None:
+    """Only image-wise losses have a use for labels."""
+    if labels is not None and ratio is None:
+        raise ValueError(
+            "labels must be None for a loss that is not image-wise: they count the classes of "
+            "an image, and are not to be learnt"
+        )
+
+
+def check_map(
+    name: str, pixels: Tensor | None, logits: Tensor, size: tuple[int, int] | None
+) -> None:
+    """`valid` is bool, `labels` integer, both (N, *spatial of the result); None passes."""
+    if pixels is None:
+        return
+    _tensor(name, pixels)
+    if name == "valid" and pixels.dtype is not torch.bool:
+        raise TypeError(f"valid must be a bool tensor, not {pixels.dtype}")
+    if name == "labels" and pixels.dtype not in INTEGERS:
+        raise TypeError(f"labels must be an integer tensor, not {pixels.dtype}")
+    wanted = (logits.shape[0], *(logits.shape[2:] if size is None else size))
+    if tuple(pixels.shape) != wanted:
+        raise ValueError(f"{name} must have shape {wanted}, not {tuple(pixels.shape)}")
+    _same_device(name, pixels, logits)
+
+
+def _tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+
+
+def _same_device(name: str, tensor: Tensor, logits: Tensor) -> None:
+    if tensor.device != logits.device:
+        raise ValueError(f"{name} must be on {logits.device} like logits, not on {tensor.device}")
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        wanted = " or ".join(map(repr, choices))
+        raise ValueError(f"{name} must be {wanted}, not {value!r}")
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def _number(name: str, value: object, fits: Callable[[float], bool], wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number {wanted}, not {value!r}")
+    if not fits(value):
+        raise ValueError(f"{name} must be a number {wanted}, not {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)

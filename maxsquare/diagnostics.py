@@ -1,0 +1,149 @@
+"""What a loss does to a model: its gradient over confidence, and over classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maxsquare.checks import check_logits, check_map, check_size
+from maxsquare.functional import Size
+from maxsquare.losses import _TargetLoss
+
+
+class GradientProfile(NamedTuple):
+    """A loss over the confidence of one pixel; float64 arrays of equal length.
+
+    p: probability of the first class. value: the loss. slope_p: d value / d p, the other
+    classes sharing the rest evenly. slope_logit: d value / d z of the first class.
+    """
+
+    p: Tensor
+    value: Tensor
+    slope_p: Tensor
+    slope_logit: Tensor
+
+
+def gradient_profile(
+    loss: nn.Module, points: int | Sequence[float] | Tensor = 199, classes: int = 2
+) -> GradientProfile:
+    r"""How value and slope of a loss change with the confidence p of one pixel.
+
+    The pixel has probability p for its first class and (1 - p) / (C - 1) for each of the
+    others; with activation="sigmoid" it is one channel with probability p. It is an image of
+    its own, so that image-wise weights are 1. The slope with respect to p is taken along this
+    path; the paper's Figure 1 is C = 2. Entropy's diverges as p -> 1, that of maximum squares
+    grows linearly.
+
+    Args:
+        loss: a loss of one head's logits of this library; its reduction does not matter.
+        points: how many values of p, evenly spaced inside (0, 1), or the values themselves.
+        classes: C, at least 2.
+
+    Returns:
+        `GradientProfile` of arrays (points,), float64 on the CPU.
+
+    Raises:
+        TypeError: `loss` is not a loss of one head's logits, or `points` no numbers.
+        ValueError: a value of `points` outside (0, 1), or fewer than 2 classes.
+
+    Example:
+        >>> from maxsquare import MaxSquareLoss
+        >>> gradient_profile(MaxSquareLoss(), points=[0.5, 0.75]).slope_p  # 1 - 2 p
+        tensor([ 0.0000, -0.5000], dtype=torch.float64)
+
+    Source: M. Chen et al., ICCV 2019, Figure 1.
+    """
+    _check_single_head(loss)
+    if isinstance(classes, bool) or not isinstance(classes, int):
+        raise TypeError(f"classes must be an int, not {classes!r}")
+    if classes < 2:
+        raise ValueError(f"classes must be at least 2, not {classes}")
+    p = _confidences(points).requires_grad_()
+
+    pixelwise = copy(loss)
+    pixelwise.reduction, pixelwise.from_logits = "none", True  # type: ignore[assignment]
+    if loss.activation == "sigmoid":
+        z = torch.logit(p).view(-1, 1, 1)
+    else:
+        rest = ((1 - p) / (classes - 1)).log()
+        z = torch.stack([p.log(), *[rest] * (classes - 1)], 1).unsqueeze(2)
+    value = pixelwise(z).flatten()
+    slope_p, slope_z = torch.autograd.grad(value.sum(), (p, z))
+    return GradientProfile(p.detach(), value.detach(), slope_p, slope_z[:, 0, 0])
+
+
+def class_gradient_share(
+    loss: nn.Module,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+) -> Tensor:
+    r"""The share of the whole gradient that the pixels of every class receive.
+
+    .. math:: s_k = \frac{\sum_{n : y_n = k} \lVert \partial\ell/\partial z_n \rVert_1}
+                         {\sum_{n : y_n \in 0..C-1} \lVert \partial\ell/\partial z_n \rVert_1}
+
+    Args:
+        loss: a loss of one head's logits of this library.
+        logits: (N, C) or (N, C, *spatial).
+        labels: integers (N, *spatial of the result), the class y of every pixel: ground truth,
+            or the prediction where there is none. Values outside 0..C-1 are left out.
+        size, align_corners: the gradient is taken at the resolution of the upsampled logits.
+        valid: bool, the shape of `labels`: the pixels that the loss counts.
+
+    Returns:
+        (C,) shares between 0 and 1 that add up to 1, or zeros where there is no gradient.
+
+    Raises:
+        TypeError: `loss` is not a loss of one head's logits; a wrong dtype.
+        ValueError: a wrong shape or device.
+
+    Example:
+        >>> import torch
+        >>> from maxsquare import MaxSquareLoss
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> class_gradient_share(MaxSquareLoss(), logits, torch.tensor([0, 1]))
+        tensor([0.5000, 0.5000])
+
+    Source: ours; the imbalance that M. Chen et al., ICCV 2019, argue from Figure 2.
+    """
+    _check_single_head(loss)
+    check_logits("logits", logits, str(loss.activation))
+    pair = check_size(size, logits)
+    check_map("labels", labels, logits, pair)
+    z = logits.detach()
+    if pair is not None:
+        z = F.interpolate(z, pair, mode="bilinear", align_corners=align_corners)
+    with torch.enable_grad():
+        z = z.requires_grad_()
+        total = loss(z, valid=valid).sum()
+    (slope,) = torch.autograd.grad(total, z)
+    strength = slope.abs().sum(1, dtype=torch.float64)
+    shares = torch.stack([(strength * (labels == k)).sum() for k in range(logits.shape[1])])
+    return (shares / shares.sum().clamp_min(torch.finfo(torch.float64).tiny)).to(logits.dtype)
+
+
+def _check_single_head(loss: nn.Module) -> None:
+    if not isinstance(loss, _TargetLoss):
+        raise TypeError(f"loss must be a loss of one head's logits, not {loss!r}")
+
+
+def _confidences(points: int | Sequence[float] | Tensor) -> Tensor:
+    if isinstance(points, int) and not isinstance(points, bool):
+        if points < 1:
+            raise ValueError(f"points must be at least 1, not {points}")
+        return torch.linspace(0, 1, points + 2, dtype=torch.float64)[1:-1]
+    if not isinstance(points, (Sequence, Tensor)) or isinstance(points, str):
+        raise TypeError(f"points must be an int or values of p, not {points!r}")
+    p = torch.as_tensor(points, dtype=torch.float64, device="cpu").detach().clone()
+    if p.dim() != 1 or not bool(((p > 0) & (p < 1)).all()):
+        raise ValueError(f"points must be values of p inside (0, 1), not {points!r}")
+    return p

@@ -1,0 +1,481 @@
+"""Every definition: the losses, their image weights, guidance and reductions.
+
+The functions take the options of the modules in `maxsquare`, under the same names and with
+the same defaults; formulas, shapes and errors are told there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from maxsquare import engine
+from maxsquare.checks import (
+    check_heads,
+    check_image_wise,
+    check_logits,
+    check_map,
+    check_options,
+    check_ratio,
+    check_size,
+)
+from maxsquare.engine import Problem
+from maxsquare.potentials import Label, Tsallis
+
+Size = int | Sequence[int] | None
+
+
+def max_square(
+    logits: Tensor,
+    *,
+    ratio: float | None = None,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    scale: str = "paper",
+    activation: str = "softmax",
+    from_logits: bool = True,
+) -> Tensor:
+    """-1/2 sum_c p_c^2: `maxsquare.MaxSquareLoss`; with a ratio, `maxsquare.IWMaxSquareLoss`."""
+    return _tsallis_loss(
+        logits,
+        q=2,
+        # The sum of squares is 1 - S_2; the published image-wise code leaves out the half.
+        factor=0.5,
+        shift=-1,
+        published=1 if ratio is None else 2,
+        ratio=ratio,
+        size=size,
+        align_corners=align_corners,
+        valid=valid,
+        labels=labels,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        scale=scale,
+        activation=activation,
+        from_logits=from_logits,
+    )
+
+
+def entropy(
+    logits: Tensor,
+    *,
+    ratio: float | None = None,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    scale: str = "paper",
+    activation: str = "softmax",
+    from_logits: bool = True,
+) -> Tensor:
+    """-sum_c p_c log p_c: `maxsquare.EntropyLoss`; with a ratio, `maxsquare.IWEntropyLoss`."""
+    return _tsallis_loss(
+        logits,
+        q=1,
+        ratio=ratio,
+        size=size,
+        align_corners=align_corners,
+        valid=valid,
+        labels=labels,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        scale=scale,
+        activation=activation,
+        from_logits=from_logits,
+    )
+
+
+def tsallis_entropy(
+    logits: Tensor,
+    q: float,
+    *,
+    ratio: float | None = None,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    scale: str = "paper",
+    activation: str = "softmax",
+    from_logits: bool = True,
+) -> Tensor:
+    """(1 - sum_c p_c^q) / (q - 1): `maxsquare.TsallisEntropyLoss`."""
+    return _tsallis_loss(
+        logits,
+        q=q,
+        ratio=ratio,
+        size=size,
+        align_corners=align_corners,
+        valid=valid,
+        labels=labels,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        scale=scale,
+        activation=activation,
+        from_logits=from_logits,
+    )
+
+
+def pseudo_label_loss(
+    logits: Tensor,
+    *,
+    threshold: float = 0.95,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    labels: Tensor | None = None,
+    reduction: str = "mean",
+    scale: str = "paper",
+    activation: str = "softmax",
+    from_logits: bool = True,
+) -> Tensor:
+    """Cross entropy against the confident prediction itself: `maxsquare.PseudoLabelLoss`."""
+    check_image_wise(labels, None)
+    check_options(
+        reduction=reduction,
+        scale=scale,
+        activation=activation,
+        from_logits=from_logits,
+        align_corners=align_corners,
+        threshold=threshold,
+    )
+    check_logits("logits", logits, activation)
+    size = check_size(size, logits)
+    check_map("valid", valid, logits, size)
+    problem = Problem(
+        Label(), size, align_corners, activation == "sigmoid", from_logits, threshold=threshold
+    )
+    return _label_loss(logits, problem, reduction, valid=valid)
+
+
+def guidance_labels(
+    logits: Tensor,
+    low_logits: Tensor,
+    *,
+    threshold: float = 0.95,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    ignore_index: int = -1,
+    activation: str = "softmax",
+    from_logits: bool = True,
+) -> Tensor:
+    """The self-produced labels of `maxsquare.MultiLevelGuidance`, int64 (N, *spatial).
+
+    The class of the larger mean probability of both heads where one of them is above the
+    threshold, `ignore_index` elsewhere, C where a probability is NaN. With
+    activation="sigmoid" (N, C, *spatial): 1 on, 0 off, 2 NaN.
+    """
+    check_options(
+        activation=activation,
+        from_logits=from_logits,
+        align_corners=align_corners,
+        threshold=threshold,
+        ignore_index=ignore_index,
+    )
+    check_logits("logits", logits, activation)
+    size = check_size(size, logits)
+    (low_logits,) = check_heads([low_logits], logits, resized=size is not None)
+    check_map("valid", valid, logits, size)
+    binary = activation == "sigmoid"
+    problem = Problem(Label(), size, align_corners, binary, from_logits, threshold=threshold)
+    y = engine.predict(
+        _images(low_logits, binary),
+        problem,
+        guide=_images(logits, binary),
+        valid=None if valid is None else _image_maps(valid, logits, binary),
+    )
+    if binary:
+        y = torch.where((y == 0) | (y == 1), 1 - y, y)
+    return _pixels(torch.where(y == -1, ignore_index, y), logits, binary)
+
+
+def guidance_loss(
+    logits: Tensor,
+    low_logits: Tensor | Sequence[Tensor],
+    *,
+    threshold: float = 0.95,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    reduction: str = "mean",
+    scale: str = "paper",
+    activation: str = "softmax",
+    from_logits: bool = True,
+) -> Tensor:
+    """Low-level heads learn from the averaged prediction: `maxsquare.MultiLevelGuidance`."""
+    check_options(
+        reduction=reduction,
+        scale=scale,
+        activation=activation,
+        from_logits=from_logits,
+        align_corners=align_corners,
+        threshold=threshold,
+    )
+    check_logits("logits", logits, activation)
+    size = check_size(size, logits)
+    check_map("valid", valid, logits, size)
+    problem = Problem(
+        Label(), size, align_corners, activation == "sigmoid", from_logits, threshold=threshold
+    )
+    heads = check_heads(low_logits, logits, resized=size is not None)
+    losses = [_label_loss(head, problem, reduction, guide=logits, valid=valid) for head in heads]
+    return torch.stack(losses).sum(0)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Cross entropy -log p_y of labelled pixels, the upsampling of the logits included.
+
+    .. math:: \frac{1}{|V|} \sum_{n \in V} -\log p_{n, y_n}, \qquad
+              V = \{n : y_n \notin \{-1, \text{ignore\_index}\}\}
+
+    Its gradient with respect to the logits is (p_c - [c = y_n]) / |V|.
+
+    Args:
+        logits: (N, C) or (N, C, *spatial), floating point.
+        labels: (N, *spatial of the result), integers. -1 and `ignore_index` do not count; any
+            other label outside 0..C-1 makes the loss NaN (to raise an error, the host would
+            have to wait for the device).
+        size: height and width to which the logits are upsampled bilinearly first.
+        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
+        valid: bool, the shape of `labels`; pixels that count.
+        ignore_index: a further label that does not count.
+        reduction: "mean" over the pixels that count, "sum", or "none".
+
+    Shape:
+        A scalar; (N, *spatial) with reduction="none". float32 for half-precision logits.
+
+    Raises:
+        TypeError: a tensor of the wrong kind or dtype.
+        ValueError: a wrong shape, device, or value of an option.
+
+    Example:
+        >>> logits = torch.zeros(1, 4, 3, 5)
+        >>> labels = torch.zeros(1, 24, 40, dtype=torch.long)
+        >>> round(cross_entropy(logits, labels, size=(24, 40), align_corners=True).item(), 4)
+        1.3863
+
+    Source: the supervised term of M. Chen et al., ICCV 2019, as in every segmentation network.
+    """
+    check_options(reduction=reduction, align_corners=align_corners, ignore_index=ignore_index)
+    check_logits("logits", logits, "softmax")
+    size = check_size(size, logits)
+    check_map("labels", labels, logits, size)
+    check_map("valid", valid, logits, size)
+    problem = Problem(Label(), size, align_corners, ignore_index=ignore_index)
+    return _label_loss(logits, problem, reduction, labels=labels, valid=valid)
+
+
+def image_weights(
+    logits: Tensor,
+    *,
+    ratio: float = 0.2,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -1,
+    activation: str = "softmax",
+    from_logits: bool = True,
+) -> Tensor:
+    r"""The weight that an image-wise loss gives to every pixel, (N, *spatial); 0 if not valid.
+
+    .. math:: w_n = 1 / \max(N_c^a\, N^{1-a},\ 1), \qquad a = \text{ratio}
+
+    c is the pixel's predicted class, N_c the number of the image's pixels of that class and
+    N that of all. Options, errors and source as in `maxsquare.IWMaxSquareLoss`; with
+    activation="sigmoid" the shape is (N, C, *spatial).
+
+    Example:
+        >>> image_weights(torch.eye(2).view(1, 2, 2), ratio=1.0)  # one pixel of either class
+        tensor([[1., 1.]])
+    """
+    check_ratio(ratio)
+    check_options(
+        activation=activation,
+        from_logits=from_logits,
+        align_corners=align_corners,
+        ignore_index=ignore_index,
+    )
+    check_logits("logits", logits, activation)
+    size = check_size(size, logits)
+    check_map("valid", valid, logits, size)
+    check_map("labels", labels, logits, size)
+    binary = activation == "sigmoid"
+    problem = Problem(Tsallis(2), size, align_corners, binary, from_logits, by_class=True)
+    z = _images(logits, binary)
+    valid = None if valid is None else _image_maps(valid, logits, binary)
+    y = engine.predict(z, problem, valid=valid)
+    counts = _count(y, 2 if binary else z.shape[1])
+    if labels is not None:
+        counts = _label_counts(labels, logits, binary, ignore_index, valid)
+    weights = _bin_weights(counts, ratio, z.dtype)
+    return _pixels(torch.where(y >= 0, _look_up(weights, y), 0), logits, binary)
+
+
+def _tsallis_loss(
+    logits: Tensor,
+    *,
+    q: float,
+    factor: float = 1,
+    shift: float = 0,
+    published: float = 1,
+    ratio: float | None,
+    size: Size,
+    align_corners: bool,
+    valid: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    scale: str,
+    activation: str,
+    from_logits: bool,
+) -> Tensor:
+    """factor (S_q + shift) per pixel, reduced; the published code's scale is `published` / C."""
+    check_options(
+        reduction=reduction,
+        scale=scale,
+        activation=activation,
+        from_logits=from_logits,
+        align_corners=align_corners,
+        ratio=ratio,
+        q=q,
+        ignore_index=ignore_index,
+    )
+    check_logits("logits", logits, activation)
+    size = check_size(size, logits)
+    check_map("valid", valid, logits, size)
+    check_image_wise(labels, ratio)
+    check_map("labels", labels, logits, size)
+
+    binary = activation == "sigmoid"
+    z = _images(logits, binary)
+    valid = None if valid is None else _image_maps(valid, logits, binary)
+    image_wise = ratio is not None
+    problem = Problem(
+        Tsallis(q, from_logits), size, align_corners, binary, from_logits, by_class=image_wise
+    )
+    classes = 2 if binary else z.shape[1]
+    if scale == "reference":
+        factor *= published / classes
+    given = None
+    if labels is not None:
+        given = _label_counts(labels, logits, binary, ignore_index, valid)
+
+    if reduction == "none":
+        phi, y, counted = engine.terms(z, problem, valid=valid)
+        phi = torch.where(counted, factor * (phi + shift), 0)
+        if ratio is not None:
+            counts = _count(torch.where(counted, y, -1), classes) if given is None else given
+            phi = phi * _look_up(_bin_weights(counts, ratio, phi.dtype), y)
+        return _pixels(phi, logits, binary)
+
+    sums, counts = engine.accumulate(z, problem, valid=valid)
+    sums = factor * (sums + shift * counts)
+    if ratio is None:
+        return _reduce(sums, counts, reduction)
+    weights = _bin_weights(counts if given is None else given, ratio, sums.dtype)
+    total = (weights * sums).sum()
+    return total / max(len(sums), 1) if reduction == "mean" else total
+
+
+def _label_loss(
+    logits: Tensor,
+    problem: Problem,
+    reduction: str,
+    *,
+    guide: Tensor | None = None,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    z = _images(logits, problem.binary)
+    guide = None if guide is None else _images(guide, problem.binary)
+    labels = None if labels is None else _image_maps(labels, logits, problem.binary)
+    valid = None if valid is None else _image_maps(valid, logits, problem.binary)
+    if reduction == "none":
+        phi, _, _ = engine.terms(z, problem, guide=guide, labels=labels, valid=valid)
+        return _pixels(phi, logits, problem.binary)
+    sums, counts = engine.accumulate(z, problem, guide=guide, labels=labels, valid=valid)
+    return _reduce(sums, counts, reduction)
+
+
+def _reduce(sums: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    # Nothing counted: 0 / 1, a zero that keeps its graph.
+    return sums.sum() / counts.sum().clamp_min(1) if reduction == "mean" else sums.sum()
+
+
+def _bin_weights(counts: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
+    """(N, C) counts -> (N, C) weights 1 / max(N_c^a N^(1-a), 1)."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    n = counts.to(dtype)
+    return 1 / (n**ratio * n.sum(1, keepdim=True) ** (1 - ratio)).clamp_min(1)
+
+
+def _look_up(weights: Tensor, y: Tensor) -> Tensor:
+    """The weight of each pixel's bin: (N, C) and (N, *spatial) -> (N, *spatial)."""
+    return weights.gather(1, y.clamp_min(0).flatten(1)).view_as(y)
+
+
+def _label_counts(
+    labels: Tensor, logits: Tensor, binary: bool, ignore_index: int, valid: Tensor | None
+) -> Tensor:
+    """Pixels of each class of a given label map, per image; other values are not counted."""
+    labels = labels.long()
+    y = torch.where(labels == ignore_index, -1, labels)
+    if binary:
+        # Channel c is a problem of two classes: 0, a pixel labelled c, and 1, any other.
+        y = _image_maps(torch.where(y < logits.shape[1], y, -1), logits, binary)
+        channel = torch.arange(logits.shape[1], device=y.device).repeat(len(y) // logits.shape[1])
+        y = torch.where(y < 0, y, (y != channel.view(-1, *[1] * (y.dim() - 1))).long())
+    else:
+        y = _image_maps(y, logits, binary)
+    y = y if valid is None else torch.where(valid, y, -1)
+    return _count(y, 2 if binary else logits.shape[1])
+
+
+def _count(y: Tensor, classes: int) -> Tensor:
+    """(N, *spatial) indices -> (N, classes) numbers of pixels; those outside do not count."""
+    y = y.flatten(1)
+    inside = (y >= 0) & (y < classes)
+    counts = torch.zeros(len(y), classes, dtype=torch.long, device=y.device)
+    return counts.scatter_add(1, torch.where(inside, y, 0), inside.long())
+
+
+def _images(logits: Tensor, binary: bool) -> Tensor:
+    """Logits as (images, channels, *spatial): (N, C) is one image; sigmoid, one per channel."""
+    z = logits.t().unsqueeze(0) if logits.dim() == 2 else logits
+    return z.flatten(0, 1).unsqueeze(1) if binary else z
+
+
+def _image_maps(pixels: Tensor, logits: Tensor, binary: bool) -> Tensor:
+    """A map (N, *spatial) as (images, *spatial), repeated for every channel under sigmoid."""
+    pixels = pixels.unsqueeze(0) if logits.dim() == 2 else pixels
+    return pixels.repeat_interleave(logits.shape[1], 0) if binary else pixels
+
+
+def _pixels(maps: Tensor, logits: Tensor, binary: bool) -> Tensor:
+    """The way back: (images, *spatial) as (N, *spatial), under sigmoid (N, C, *spatial)."""
+    if binary:
+        channels = logits.shape[1]
+        maps = maps.reshape(len(maps) // channels, channels, *maps.shape[1:])
+    if logits.dim() == 2:
+        return maps.squeeze(0).t() if binary else maps.squeeze(0)
+    return maps

@@ -1,0 +1,483 @@
+"""The losses as modules: options and formulas. `maxsquare.functional` computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from maxsquare import functional
+from maxsquare.checks import check_options, check_ratio
+from maxsquare.functional import Size
+
+
+class _PixelLoss(nn.Module):
+    """Keeps the options under their names, and hands them to the loss's function."""
+
+    reduction: str
+    scale: str
+    activation: str
+    from_logits: bool
+    function: ClassVar[Callable[..., Tensor]]
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        check_options(**options)  # type: ignore[arg-type]
+        self._names = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def options(self) -> dict[str, Any]:
+        """The options by name, as the functional form takes them."""
+        return {name: getattr(self, name) for name in self._names}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+
+
+class _TargetLoss(_PixelLoss):
+    """A loss of one head's logits alone."""
+
+    def forward(
+        self,
+        logits: Tensor,
+        *,
+        size: Size = None,
+        align_corners: bool = False,
+        valid: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of `logits`; arguments as told under `MaxSquareLoss`."""
+        return type(self).function(
+            logits,
+            size=size,
+            align_corners=align_corners,
+            valid=valid,
+            labels=labels,
+            **self.options(),
+        )
+
+
+class MaxSquareLoss(_TargetLoss):
+    r"""Rewards confident predictions, with a gradient that grows only linearly in confidence.
+
+    .. math:: \ell = -\frac{1}{2N} \sum_{n=1}^{N} \sum_{c=1}^{C} p_{n,c}^2, \qquad
+              p = \operatorname{softmax}(z)
+
+    d l / d z_{n,c} = -p_{n,c} (p_{n,c} - sum_k p_{n,k}^2) / N. Minimising it maximises the
+    Pearson chi-squared divergence C sum_c p_c^2 - 1 of the prediction from uniform.
+
+    Args:
+        reduction: "mean" over the valid pixels of the batch, "sum", or "none".
+        scale: "paper", the formula above; "reference", times 1/C, is what the published code
+            computes: the published weights (lambda) belong to it.
+        activation: "softmax", or "sigmoid": every channel is a problem of two classes with
+            logits (z, 0), its own image for image-wise weights, and C = 2.
+        from_logits: False if the input holds probabilities already.
+
+    Call:
+        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16,
+            bfloat16, float32 or float64, any strides. (N, C) is one image of N pixels.
+        size: (height, width) to which the logits are first upsampled bilinearly.
+        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
+        valid: bool (N, *spatial of the result): the pixels that count, by default all.
+        labels: for image-wise losses only.
+
+    Shape:
+        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where
+        not valid. float32 for half-precision logits. Dimensionless. 0 if nothing is valid.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a wrong shape, device, or value of an option.
+
+    Example:
+        >>> import torch
+        >>> loss = MaxSquareLoss()
+        >>> logits = torch.zeros(2, 4, 8, 8, requires_grad=True)
+        >>> loss(logits, size=(64, 64), align_corners=True)  # uniform: -1 / (2 C)
+        tensor(-0.1250, grad_fn=<DivBackward0>)
+
+    Source: Chen, Xue, Cai, "Domain Adaptation for Semantic Segmentation with Maximum Squares
+    Loss", ICCV 2019, the maximum squares loss.
+    """
+
+    function = staticmethod(functional.max_square)
+
+    def __init__(
+        self,
+        *,
+        reduction: str = "mean",
+        scale: str = "paper",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__(
+            reduction=reduction,
+            scale=scale,
+            activation=activation,
+            from_logits=from_logits,
+        )
+
+
+class IWMaxSquareLoss(_TargetLoss):
+    r"""Maximum squares with every image's classes balanced, so that rare ones are heard.
+
+    .. math:: \ell = -\frac{1}{B} \sum_{b=1}^{B} \sum_{n} \frac{w_{b,n}}{2} \sum_c p_{b,n,c}^2,
+              \qquad w_{b,n} = \frac{1}{\max(N_{b,c^*}^{\,a}\, N_b^{1-a},\ 1)}
+
+    c* is the predicted class of pixel n, N_{b,c*} how many pixels of image b have it, N_b how
+    many are valid, B the number of images. The weights are constants for the gradient, which
+    is that of `MaxSquareLoss` times w. `functional.image_weights` returns them.
+
+    Args:
+        ratio: the exponent a from 0 (one weight for all) to 1 (every class weighs the same);
+            0.2 as published.
+        ignore_index: label that is not counted where `labels` are given.
+        reduction: "mean" over images of the weighted sum over pixels, "sum" over both, "none".
+        scale: "reference" is 2 / C times the paper's formula, for the published code leaves
+            out the half: twice the factor of the plain loss.
+        activation, from_logits: as in `MaxSquareLoss`.
+
+    Call:
+        labels: integers (N, *spatial of the result); N_{b,c} and N_b are then counted from
+            this map, in which values outside 0..C-1 do not count, instead of the prediction.
+        All others, shapes and errors as in `MaxSquareLoss`.
+
+    Example:
+        >>> import torch
+        >>> loss = IWMaxSquareLoss(ratio=0.2, scale="reference")
+        >>> loss(torch.zeros(2, 4, 8, 8)).item()  # -(1 / C) (N / N_weight) (1 / C)
+        -0.0625
+
+    Source: M. Chen et al., ICCV 2019, the image-wise weighting factor.
+    """
+
+    ratio: float
+    ignore_index: int
+    function = staticmethod(functional.max_square)
+
+    def __init__(
+        self,
+        ratio: float = 0.2,
+        *,
+        ignore_index: int = -1,
+        reduction: str = "mean",
+        scale: str = "paper",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        check_ratio(ratio)
+        super().__init__(
+            ratio=ratio,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            scale=scale,
+            activation=activation,
+            from_logits=from_logits,
+        )
+
+
+class EntropyLoss(_TargetLoss):
+    r"""Rewards confident predictions by Shannon's entropy, the usual choice before.
+
+    .. math:: \ell = -\frac{1}{N} \sum_{n=1}^{N} \sum_{c=1}^{C} p_{n,c} \log p_{n,c}
+
+    d l / d z_{n,c} = -p_{n,c} (log p_{n,c} - sum_k p_{n,k} log p_{n,k}) / N: in terms of p the
+    slope diverges as p -> 1, so that pixels already well classified take most of the gradient.
+
+    Args, call, shapes and errors: as in `MaxSquareLoss`; in nats.
+
+    Example:
+        >>> import torch
+        >>> round(EntropyLoss()(torch.zeros(1, 4, 8, 8)).item(), 4)  # log C
+        1.3863
+
+    Source: M. Chen et al., ICCV 2019, entropy minimisation (after Grandvalet and Bengio, 2005).
+    """
+
+    function = staticmethod(functional.entropy)
+
+    def __init__(
+        self,
+        *,
+        reduction: str = "mean",
+        scale: str = "paper",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__(
+            reduction=reduction,
+            scale=scale,
+            activation=activation,
+            from_logits=from_logits,
+        )
+
+
+class IWEntropyLoss(_TargetLoss):
+    r"""Entropy with the image-wise class weights of `IWMaxSquareLoss`.
+
+    .. math:: \ell = -\frac{1}{B} \sum_{b=1}^{B} \sum_n w_{b,n} \sum_c p_{b,n,c} \log p_{b,n,c}
+
+    Args, call, shapes and errors: as in `IWMaxSquareLoss`, but scale="reference" is 1 / C times
+    the formula; in nats.
+
+    Example:
+        >>> import torch
+        >>> round(IWEntropyLoss(ratio=0.2)(torch.zeros(1, 4, 8, 8)).item(), 4)
+        1.3863
+
+    Source: M. Chen et al., ICCV 2019, the image-wise weighting factor on the entropy.
+    """
+
+    ratio: float
+    ignore_index: int
+    function = staticmethod(functional.entropy)
+
+    def __init__(
+        self,
+        ratio: float = 0.2,
+        *,
+        ignore_index: int = -1,
+        reduction: str = "mean",
+        scale: str = "paper",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        check_ratio(ratio)
+        super().__init__(
+            ratio=ratio,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            scale=scale,
+            activation=activation,
+            from_logits=from_logits,
+        )
+
+
+class TsallisEntropyLoss(_TargetLoss):
+    r"""One dial from entropy minimisation (q = 1) to maximum squares (q = 2) and beyond.
+
+    .. math:: \ell = \frac{1}{N} \sum_n S_q(p_n), \qquad
+              S_q(p) = \frac{1 - \sum_c p_c^q}{q - 1}, \quad S_1(p) = -\sum_c p_c \log p_c
+
+    d S_q / d z_c = -q / (q - 1) (p_c^q - p_c sum_k p_k^q). S_2 is 1 + 2 `MaxSquareLoss`.
+
+    Args:
+        q: above 0; the larger, the more the gradient keeps to uncertain pixels.
+        ratio: None, or the exponent of image-wise weights as in `IWMaxSquareLoss`.
+        ignore_index: as in `IWMaxSquareLoss`.
+        scale: "reference" is 1 / C times the formula, the convention of the published entropy.
+        reduction, activation, from_logits: as in `MaxSquareLoss`.
+
+    Call, shapes and errors: as in `MaxSquareLoss` or, with a ratio, `IWMaxSquareLoss`.
+
+    Example:
+        >>> import torch
+        >>> TsallisEntropyLoss(1.5, ratio=0.2)(torch.zeros(1, 4, 8, 8)).item()
+        1.0
+
+    Source: ours; C. Tsallis, "Possible generalization of Boltzmann-Gibbs statistics", 1988.
+    """
+
+    q: float
+    ratio: float | None
+    ignore_index: int
+    function = staticmethod(functional.tsallis_entropy)
+
+    def __init__(
+        self,
+        q: float,
+        ratio: float | None = None,
+        *,
+        ignore_index: int = -1,
+        reduction: str = "mean",
+        scale: str = "paper",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__(
+            q=q,
+            ratio=ratio,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            scale=scale,
+            activation=activation,
+            from_logits=from_logits,
+        )
+
+
+class PseudoLabelLoss(_TargetLoss):
+    r"""Cross entropy against the prediction itself wherever it is confident.
+
+    .. math:: \ell = \frac{1}{|A|} \sum_{n \in A} -\log \max_c p_{n,c}, \qquad
+              A = \{n : \max_c p_{n,c} > t\}
+
+    d l / d z_{n,c} = (p_{n,c} - [c = c*]) / |A| on A, and 0 elsewhere.
+
+    Args:
+        threshold: t from 0 to 1; 0.95 as published.
+        reduction: "mean" over the accepted pixels, "sum", or "none" (0 where not accepted).
+        scale: accepted for uniformity; cross entropy has the same scale in both.
+        activation, from_logits: as in `MaxSquareLoss`.
+
+    Call, shapes and errors: as in `MaxSquareLoss`. Nothing accepted: 0 with a zero gradient.
+
+    Example:
+        >>> import torch
+        >>> PseudoLabelLoss(threshold=0.95)(torch.zeros(1, 4, 8, 8)).item()  # nothing confident
+        0.0
+
+    Source: M. Chen et al., ICCV 2019, the hard pseudo label (after D.-H. Lee, 2013).
+    """
+
+    threshold: float
+    function = staticmethod(functional.pseudo_label_loss)
+
+    def __init__(
+        self,
+        threshold: float = 0.95,
+        *,
+        reduction: str = "mean",
+        scale: str = "paper",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__(
+            threshold=threshold,
+            reduction=reduction,
+            scale=scale,
+            activation=activation,
+            from_logits=from_logits,
+        )
+
+
+class MultiLevelGuidance(_PixelLoss):
+    r"""Low-level heads learn, by cross entropy, from the prediction averaged over both heads.
+
+    .. math:: \ell = \frac{1}{|A|} \sum_{n \in A} -\log p^{low}_{n, y_n}, \qquad
+              y_n = \arg\max_c \tfrac{1}{2} (p_{n,c} + p^{low}_{n,c})
+
+    A are the pixels at which max_c p_{n,c} > t or max_c p^low_{n,c} > t. The labels y are
+    constants: the gradient, (p^low_{n,c} - [c = y_n]) / |A|, reaches the low-level head only.
+
+    Args: as in `PseudoLabelLoss`.
+
+    Call:
+        logits: the final head's, as in `MaxSquareLoss`.
+        low_logits: the low-level head's, of the same shape (with `size`, of any height and
+            width), or a list of several heads', whose losses are added.
+        size, align_corners, valid: as in `MaxSquareLoss`.
+
+    Shapes and errors: as in `MaxSquareLoss`. Nothing accepted: 0 with a zero gradient.
+
+    Example:
+        >>> import torch
+        >>> logits, low_logits = torch.tensor([[[9.0], [0.0]]]), torch.zeros(1, 2, 1)
+        >>> round(MultiLevelGuidance()(logits, low_logits).item(), 4)  # -log(1 / 2)
+        0.6931
+
+    Source: M. Chen et al., ICCV 2019, multi-level self-produced guidance.
+    """
+
+    threshold: float
+
+    def __init__(
+        self,
+        threshold: float = 0.95,
+        *,
+        reduction: str = "mean",
+        scale: str = "paper",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__(
+            threshold=threshold,
+            reduction=reduction,
+            scale=scale,
+            activation=activation,
+            from_logits=from_logits,
+        )
+
+    def forward(
+        self,
+        logits: Tensor,
+        low_logits: Tensor | Sequence[Tensor],
+        *,
+        size: Size = None,
+        align_corners: bool = False,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """The sum of the low-level heads' losses."""
+        return functional.guidance_loss(
+            logits,
+            low_logits,
+            size=size,
+            align_corners=align_corners,
+            valid=valid,
+            **self.options(),
+        )
+
+
+class MultiLevelLoss(nn.Module):
+    r"""A target loss on the final head, and guidance by it for the low-level heads.
+
+    .. math:: \ell = \ell_{target}(z) + \lambda\, \ell_{guidance}(z, z^{low})
+
+    Args:
+        target_loss: any loss of one head's logits of this library; the guidance takes its
+            reduction, activation and from_logits.
+        threshold: of the guidance, as in `MultiLevelGuidance`.
+        weight: lambda, at least 0; 0.1 as published (there lambda_seg, so that this whole
+            loss is to be multiplied by lambda_target).
+
+    Call, shapes and errors: as in `MultiLevelGuidance`; `labels` go to the target loss.
+
+    Example:
+        >>> import torch
+        >>> loss = MultiLevelLoss(IWMaxSquareLoss(scale="reference"))
+        >>> logits, low_logits = torch.zeros(1, 19, 9, 17), torch.zeros(1, 19, 9, 17)
+        >>> loss(logits, low_logits, size=(65, 129), align_corners=True).shape
+        torch.Size([])
+
+    Source: M. Chen et al., ICCV 2019, the full objective on the target domain.
+    """
+
+    def __init__(
+        self, target_loss: nn.Module, threshold: float = 0.95, weight: float = 0.1
+    ) -> None:
+        super().__init__()
+        if not isinstance(target_loss, _TargetLoss):
+            raise TypeError(f"target_loss must be a loss of one head's logits, not {target_loss!r}")
+        check_options(weight=weight)
+        self.target_loss = target_loss
+        self.guidance = MultiLevelGuidance(
+            threshold,
+            reduction=target_loss.reduction,
+            activation=target_loss.activation,
+            from_logits=target_loss.from_logits,
+        )
+        self.weight = weight
+
+    def forward(
+        self,
+        logits: Tensor,
+        low_logits: Tensor | Sequence[Tensor],
+        *,
+        size: Size = None,
+        align_corners: bool = False,
+        valid: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Target loss plus weighted guidance."""
+        target: Tensor = self.target_loss(
+            logits, size=size, align_corners=align_corners, valid=valid, labels=labels
+        )
+        guidance: Tensor = self.guidance(
+            logits, low_logits, size=size, align_corners=align_corners, valid=valid
+        )
+        return target + self.weight * guidance
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight!r}"
