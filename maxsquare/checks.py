@@ -74,7 +74,7 @@ def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, i
         raise TypeError(f"size must be one or two ints (height, width), not {size!r}")
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"size must be one or two positive ints (height, width), not {size!r}")
-    if logits.dim() != 4:
+    if logits.dim() != 4 or 0 in logits.shape[2:]:
         raise ValueError(
             f"size needs logits of shape (N, C, height, width), not {tuple(logits.shape)}"
         )
@@ -126,6 +126,11 @@ def check_map(
     if tuple(pixels.shape) != wanted:
         raise ValueError(f"{name} must have shape {wanted}, not {tuple(pixels.shape)}")
     _same_device(name, pixels, logits)
+
+
+def check_labels(labels: object) -> None:
+    """Labels that a loss learns from have to be there."""
+    _tensor("labels", labels)
 
 
 def _tensor(name: str, value: object) -> None:

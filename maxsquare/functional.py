@@ -15,6 +15,7 @@ from maxsquare import engine
 from maxsquare.checks import (
     check_heads,
     check_image_wise,
+    check_labels,
     check_logits,
     check_map,
     check_options,
@@ -278,6 +279,7 @@ def cross_entropy(
     check_options(reduction=reduction, align_corners=align_corners, ignore_index=ignore_index)
     check_logits("logits", logits, "softmax")
     size = check_size(size, logits)
+    check_labels(labels)
     check_map("labels", labels, logits, size)
     check_map("valid", valid, logits, size)
     problem = Problem(Label(), size, align_corners, ignore_index=ignore_index)

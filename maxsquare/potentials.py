@@ -6,14 +6,15 @@ gradient with respect to the logits is closed form,
 .. math:: \partial\phi/\partial z_c = p_c (g_c - \textstyle\sum_k p_k g_k),
           \qquad g_c = \partial\phi/\partial p_c .
 
-For the Tsallis entropies write L(p) = (p^{q-1} - 1) / (q - 1) (the q-logarithm; log p
-as q -> 1). Then S_q = -sum_c p_c L(p_c), g_c = -(1 + q L(p_c)), and
+For the Tsallis entropies take L(p) = (p^{q-1} - 1) / (q - 1) + a, the q-logarithm shifted
+by a constant, and t_c = p_c L(p_c). Then g_c = -q L(p_c) + constant, and
 
-.. math:: \partial S_q/\partial z_c = -q\,(p_c L(p_c) + p_c S_q) .
+.. math:: S_q = a - \textstyle\sum_c t_c, \qquad
+          \partial S_q/\partial z_c = -q\,(t_c - p_c \textstyle\sum_k t_k) .
 
-Writing L as expm1((q-1) log p) / (q-1) keeps every digit as q -> 1, where
-(1 - sum_c p_c^q) / (q - 1) would be a difference of nearly equal numbers. For arguments that
-need not add up to one the two differ by (1 - sum_c p_c) / (q - 1).
+The shift is free, and saves digits: a = 1 / (q - 1) makes L a plain power, without a
+difference that flat predictions would lose; but near q = 1 it is huge, and a = 0 with
+expm1((q-1) log p) / (q - 1) is exact all the way to the logarithm at q = 1.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Below, 1 / (q - 1) would be more than twice as large as any entropy of two classes.
+POWER_FROM_Q = 1.5
 
 
 class Tsallis(NamedTuple):
@@ -34,17 +38,27 @@ class Tsallis(NamedTuple):
     q: float
     normalised: bool = True
 
-    def value(self, p: Tensor, log_p: Tensor, y: Tensor | None = None) -> Tensor:
-        """(N, C, *) probabilities and their logarithms -> (N, *)."""
-        phi = -(p * self.q_log(p, log_p)).sum(1)
-        return phi if self.normalised or self.q == 1 else phi + (1 - p.sum(1)) / (self.q - 1)
+    @property
+    def shift(self) -> float:
+        """a."""
+        return 1 / (self.q - 1) if self.q >= POWER_FROM_Q else 0.0
 
-    def q_log(self, p: Tensor, log_p: Tensor) -> Tensor:
-        """L(p), with log p held finite so that p L(p) = 0 at p = 0."""
+    def shifted_log(self, p: Tensor, log_p: Tensor) -> Tensor:
+        """L(p), finite at p = 0, so that p L(p) = 0 there."""
         if self.q == 2:
-            return p - 1
+            return p
+        if self.shift:
+            return torch.exp((self.q - 1) * log_p) * self.shift
         log_p = log_p.clamp_min(math.log(torch.finfo(log_p.dtype).tiny))
         return log_p if self.q == 1 else torch.expm1((self.q - 1) * log_p) / (self.q - 1)
+
+    def value(self, p: Tensor, log_p: Tensor, y: Tensor | None = None) -> Tensor:
+        """(N, C, *) probabilities and their logarithms -> (N, *)."""
+        phi = self.shift - (p * self.shifted_log(p, log_p)).sum(1)
+        if self.normalised or self.shift or self.q == 1:
+            return phi
+        # With a = 0 the sum above takes 1 for the sum of the probabilities.
+        return phi + (1 - p.sum(1)) / (self.q - 1)
 
 
 class Label(NamedTuple):

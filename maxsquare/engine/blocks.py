@@ -1,0 +1,374 @@
+"""The CPU path: a few pixels at a time, few enough to stay in the cache.
+
+No tensor as large as the full-resolution logits is made, but for the gradient of logits
+that have that size. All work is done on blocks of logits (R, C, B), R rows of B pixels, on
+which every step of the formula is a pass through the cache rather than through memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maxsquare.engine.bilinear import axis_bands
+from maxsquare.engine.pixelwise import Problem
+from maxsquare.potentials import Label, Tsallis
+
+# Logits, probabilities and one more buffer of this size fit a level-2 cache of 1 MiB.
+BLOCK_BYTES_PER_THREAD = 640 * 1024
+# Columns interpolated at a time: so few that most of a band's matrix is not zero.
+COLUMNS_PER_BAND = 64
+
+
+class Swept(NamedTuple):
+    """What one pass over the pixels gives.
+
+    sums, counts: (images, bins).
+    y: the predicted index of every pixel (images, *spatial), narrow, with -1 as 255 in uint8;
+        None where neither the potential nor the bins need a prediction.
+    phi: the potential of every pixel, if asked for.
+    slope: of the weighted sum of potentials with respect to z, if there are weights.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    y: Tensor | None
+    phi: Tensor | None
+    slope: Tensor | None
+
+
+def index_dtype(classes: int) -> torch.dtype:
+    """The narrowest integers for -1 (255 in uint8), the classes, and C, which means NaN."""
+    return torch.uint8 if classes < 255 else torch.int32
+
+
+def sweep(
+    z: Tensor,
+    problem: Problem,
+    *,
+    guide: Tensor | None = None,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    weights: Tensor | None = None,
+    per_pixel: bool = False,
+) -> Swept:
+    """Pass once over all pixels; tensors as in `pixelwise.accumulate`.
+
+    weights: of the bins (images, bins), or of the pixels (images, *spatial) if `per_pixel`,
+    which also asks for phi.
+    """
+    classes = 2 if problem.binary else z.shape[1]
+    labelled = isinstance(problem.potential, Label)
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    shape = (len(z), *(z.shape[2:] if problem.size is None else problem.size))
+    predicts = labels is None and (problem.by_class or labelled)
+    heads = _heads([z] if guide is None else [z, guide], problem, dtype, weights is not None)
+    source = heads[0]
+
+    sums = torch.zeros(len(z), classes if problem.by_class else 1, dtype=torch.float64)
+    counts = torch.zeros_like(sums, dtype=torch.long)
+    y_map = torch.empty(shape, dtype=index_dtype(classes)) if predicts else None
+    phi_map = torch.empty(shape, dtype=dtype) if per_pixel else None
+    y_rows, phi_rows, label_rows, valid_rows = (
+        None if pixels is None else _rows(pixels, source.length)
+        for pixels in (y_map, phi_map, labels, valid)
+    )
+    if weights is not None:
+        weights = weights.to(dtype)
+        weights = _rows(weights, source.length) if per_pixel else weights
+
+    for n in range(len(z) if math.prod(shape) else 0):
+        for head in heads:
+            head.start(n)
+        for k in range(len(source.slices)):
+            xs = [head.load(k) for head in heads]
+            counted = None if valid_rows is None else source.pixels(valid_rows, k)
+            y = None
+            if label_rows is not None:
+                y = source.pixels(label_rows, k).long()
+            if y is not None and labelled:
+                y = torch.where(y == problem.ignore_index, -1, y)
+                counted = y != -1 if counted is None else counted & (y != -1)
+            if counted is not None:
+                for x in xs:
+                    x.masked_fill_(~counted.unsqueeze(1), 0)
+
+            p, log_p = _probabilities(xs[0], problem)
+            if y_rows is not None:
+                y = _index(xs, p, problem)
+                source.pixels(y_rows, k).copy_(y)
+                if labelled:
+                    counted = y != -1 if counted is None else counted & (y != -1)
+            phi, slope, factor = _potential(p, log_p, y, problem, weights is not None)
+            if counted is not None:
+                phi = torch.where(counted, phi, 0)
+            _add_to_bins(sums[n], counts[n], phi, y, counted)
+            if phi_rows is not None:
+                source.pixels(phi_rows, k).copy_(phi)
+
+            if weights is not None:
+                w = source.pixels(weights, k) if per_pixel else _of_bins(weights[n], y)
+                w = w * factor
+                if counted is not None:
+                    w = torch.where(counted, w, 0)
+                if labelled:
+                    # An index that is no class shows in the gradient as it does in the sum.
+                    w = torch.where(phi.isnan(), phi, w)
+                source.deposit(slope, w, k)
+        source.finish()
+    return Swept(sums.to(dtype), counts, y_map, phi_map, source.slope)
+
+
+def _rows(pixels: Tensor, length: int) -> Tensor:
+    """A map (images, *spatial) as (images, length of the first axis of the blocks, rest)."""
+    rest = pixels[:1].numel() // max(len(pixels[:1]) * length, 1)
+    return pixels.reshape(len(pixels), length, rest)
+
+
+def _probabilities(x: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """p and log p; x in the place of a logarithm that the potential has no use for."""
+    potential = problem.potential
+    without = isinstance(potential, Tsallis) and potential.q == 2
+    if not problem.from_logits:
+        return x, x if without else x.clamp_min(torch.finfo(x.dtype).tiny).log_()
+    if without or isinstance(potential, Label):
+        return x.softmax(1), x
+    log_p = x.log_softmax(1)
+    return log_p.exp(), log_p
+
+
+def _index(xs: list[Tensor], p: Tensor, problem: Problem) -> Tensor:
+    """`pixelwise.predict` of a block."""
+    if len(xs) == 1 and problem.threshold is None:
+        return _argmax(xs[0])
+    ps = [p, *(x.softmax(1) if problem.from_logits else x for x in xs[1:])]
+    best, y = p.amax(1), _argmax(p if len(ps) == 1 else ps[0] + ps[1])
+    if len(ps) > 1:
+        best = torch.maximum(best, ps[1].amax(1))
+    if problem.threshold is not None:
+        y.masked_fill_(best <= problem.threshold, -1)
+    return y.masked_fill_(best.isnan(), p.shape[1])
+
+
+def _argmax(x: Tensor) -> Tensor:
+    """The first of the largest; comparing with the maximum is cheaper than looking for it."""
+    hit = torch.eq(x, x.amax(1, keepdim=True), out=torch.empty_like(x))
+    if bool((hit.sum(1) != 1).any()):
+        return x.argmax(1)  # a tie, or NaN
+    return torch.matmul(torch.arange(x.shape[1], dtype=x.dtype), hit).long()
+
+
+def _potential(
+    p: Tensor, log_p: Tensor, y: Tensor | None, problem: Problem, sloped: bool
+) -> tuple[Tensor, Tensor, float]:
+    """phi (R, B); if asked for, its slope (R, C, B) and a factor on it. p may be overwritten."""
+    potential = problem.potential
+    if isinstance(potential, Tsallis):
+        q, a, t = potential.q, potential.shift, potential.shifted_log(p, log_p)
+        if problem.from_logits:
+            t = t * p if t is p else t.mul_(p)
+            total = t.sum(1)
+            return a - total, t.addcmul_(p, total.unsqueeze(1), value=-1) if sloped else t, -q
+        # (p L)' = L + p^(q-1), and p^(q-1) = (q - 1) (L - a) + 1.
+        power = (q - 1) * t + (0 if a else 1)
+        if not a:
+            # There L is held constant.
+            power.mul_(p >= torch.finfo(p.dtype).tiny)
+        slope = power.add_(t)
+        if not (a or q == 1):
+            slope.add_(1 / (q - 1))
+        return potential.value(p, log_p), slope, -1
+    assert y is not None
+    known = (y >= -1) & (y < p.shape[1])
+    c = y.clamp(0, p.shape[1] - 1).unsqueeze(1)
+    p_y = p.gather(1, c)
+    if problem.from_logits:
+        # -log p_y from the logits (here log_p), for p_y itself may be rounded to 0.
+        top = log_p.amax(1, keepdim=True), p.amax(1, keepdim=True)
+        phi = (top[0] - log_p.gather(1, c)).sub_(top[1].log_())
+        slope = p.scatter_(1, c, p_y - 1) if sloped else p
+    else:
+        phi = log_p.gather(1, c).neg_()
+        p_y = torch.where(p_y >= torch.finfo(p.dtype).tiny, -1 / p_y, 0)
+        slope = torch.zeros_like(p).scatter_(1, c, p_y)
+    return torch.where(known, phi.squeeze(1), math.nan), slope, 1
+
+
+def _add_to_bins(
+    sums: Tensor, counts: Tensor, phi: Tensor, y: Tensor | None, counted: Tensor | None
+) -> None:
+    if len(sums) == 1 or y is None:
+        sums += phi.sum()
+        counts += phi.numel() if counted is None else counted.sum()
+        return
+    # What does not count goes into one more bin, which is dropped.
+    bins = len(sums)
+    y = (y if counted is None else torch.where(counted, y, bins)).flatten()
+    sums += torch.bincount(y, phi.flatten().to(sums.dtype), minlength=bins + 1)[:bins]
+    counts += torch.bincount(y, minlength=bins + 1)[:bins]
+
+
+def _of_bins(weights: Tensor, y: Tensor | None) -> Tensor:
+    """Each pixel's weight, from those of the bins (bins,) of its image."""
+    if len(weights) == 1 or y is None:
+        return weights
+    return weights.index_select(0, y.clamp_min(0).flatten()).view_as(y)
+
+
+class _Whole:
+    """Logits that have the resolution of the result; a block is a range of the first axis."""
+
+    def __init__(
+        self, z: Tensor, problem: Problem, dtype: torch.dtype, flat: bool, sloped: bool
+    ) -> None:
+        self.binary, self.from_logits = problem.binary, problem.from_logits
+        self.z = z.flatten(2) if flat else z
+        self.slope = torch.empty_like(z) if sloped else None
+        if self.slope is not None and flat and not _is_flat(self.slope):
+            self.slope = torch.empty(z.shape, dtype=z.dtype)
+        self.slope_rows = self.slope.flatten(2) if self.slope is not None and flat else self.slope
+        self.length = self.z.shape[2]
+        self.classes, rest = 2 if problem.binary else z.shape[1], math.prod(self.z.shape[3:])
+        step = max(1, _block_elements(dtype) // (self.classes * max(rest, 1)))
+        self.slices = [slice(i, min(i + step, self.length)) for i in range(0, self.length, step)]
+        self.buffer = torch.empty(self.classes * min(step, self.length) * rest, dtype=dtype)
+        self.n = 0
+
+    def start(self, n: int) -> None:
+        """Turn to image n."""
+        self.n = n
+
+    def pixels(self, rows: Tensor, k: int) -> Tensor:
+        """Block k of a map as (R, B)."""
+        return rows[self.n, self.slices[k]].reshape(1, -1)
+
+    def load(self, k: int) -> Tensor:
+        """Block k of the logits (R, C, B), in a buffer that may be overwritten."""
+        block = self.z[self.n, :, self.slices[k]]
+        x = self.buffer[: self.classes * block[0].numel()].view(1, self.classes, -1)
+        x[0, : len(block)].view(block.shape).copy_(block)
+        return _complete(x, self.from_logits) if self.binary else x
+
+    def deposit(self, slope: Tensor, w: Tensor, k: int) -> None:
+        """Write the slope of block k, times w, into the gradient."""
+        assert self.slope_rows is not None
+        out = self.slope_rows[self.n, :, self.slices[k]]
+        slope = _channels(slope, self.binary, self.from_logits)[0].view(out.shape)
+        w = w.view(out.shape[1:]) if w.dim() == 2 else w
+        if slope.dtype == out.dtype:
+            torch.mul(slope, w, out=out)
+        else:
+            out.copy_(slope.mul_(w))
+
+    def finish(self) -> None:
+        """The gradient is complete."""
+
+
+class _Upsampled:
+    """Logits to be upsampled to the resolution of the result; a block is some of its rows.
+
+    Along the columns an image is interpolated once, at low height; along the rows block by
+    block. The gradient goes the same way back.
+    """
+
+    def __init__(self, z: Tensor, problem: Problem, dtype: torch.dtype, sloped: bool) -> None:
+        assert problem.size is not None
+        self.binary, self.from_logits = problem.binary, problem.from_logits
+        self.z, self.dtype = z, dtype
+        self.classes, channels = 2 if problem.binary else z.shape[1], z.shape[1]
+        (self.length, self.width), (height, width) = problem.size, z.shape[2:]
+        align = problem.align_corners
+        step = max(1, _block_elements(dtype) // (self.classes * self.width))
+        self.row_bands = axis_bands(self.length, height, align, step, dtype)
+        self.column_bands = axis_bands(self.width, width, align, COLUMNS_PER_BAND, dtype)
+        self.slices = [band.out for band in self.row_bands]
+        self.buffer = torch.empty(step * self.classes * self.width, dtype=dtype)
+        # One image, wide but low: (height, channels, width of the result).
+        self.wide = torch.empty(height, channels, self.width, dtype=dtype)
+        self.slope = torch.empty_like(z) if sloped else None
+        self.wide_slope = torch.empty_like(self.wide) if sloped else None
+        self.n = 0
+
+    def start(self, n: int) -> None:
+        """Turn to image n: interpolate along the columns."""
+        self.n = n
+        narrow = self.z[n].to(self.dtype).transpose(0, 1)
+        for band in self.column_bands:
+            self.wide[..., band.out] = narrow[..., band.source] @ band.weights.t()
+        if self.wide_slope is not None:
+            self.wide_slope.zero_()
+
+    def pixels(self, rows: Tensor, k: int) -> Tensor:
+        """Block k of a map as (R, B)."""
+        return rows[self.n, self.slices[k]]
+
+    def load(self, k: int) -> Tensor:
+        """Block k of the logits (R, C, B), in a buffer that may be overwritten."""
+        band, channels = self.row_bands[k], self.wide.shape[1]
+        x = self.buffer[: len(band.weights) * self.classes * self.width]
+        x = x.view(-1, self.classes, self.width)
+        low = self.wide[band.source].flatten(1)
+        if not self.binary:
+            torch.mm(band.weights, low, out=x.flatten(1))
+            return x
+        x[:, :channels] = (band.weights @ low).view(-1, channels, self.width)
+        return _complete(x, self.from_logits)
+
+    def deposit(self, slope: Tensor, w: Tensor, k: int) -> None:
+        """Add the slope of block k, times w, to the gradient of the rows it came from."""
+        assert self.wide_slope is not None
+        band = self.row_bands[k]
+        factor = 1.0 if w.dim() == 2 else float(w)
+        slope = slope.mul_(w.unsqueeze(1)) if w.dim() == 2 else slope
+        slope = _channels(slope, self.binary, self.from_logits).flatten(1)
+        self.wide_slope[band.source].flatten(1).addmm_(band.weights.t(), slope, alpha=factor)
+
+    def finish(self) -> None:
+        """Take the image's gradient back along the columns."""
+        if self.wide_slope is None or self.slope is None:
+            return
+        narrow = torch.zeros(*self.wide.shape[:2], self.z.shape[3], dtype=self.dtype)
+        for band in self.column_bands:
+            narrow[..., band.source] += self.wide_slope[..., band.out] @ band.weights
+        self.slope[self.n] = narrow.transpose(0, 1)
+
+
+def _heads(
+    heads: list[Tensor], problem: Problem, dtype: torch.dtype, sloped: bool
+) -> list[_Whole] | list[_Upsampled]:
+    """Sources of the logits of all heads, of which the first may need a slope."""
+    if problem.size is not None:
+        return [_Upsampled(z, problem, dtype, sloped and z is heads[0]) for z in heads]
+    flat = all(map(_is_flat, heads))
+    return [_Whole(z, problem, dtype, flat, sloped and z is heads[0]) for z in heads]
+
+
+def _is_flat(z: Tensor) -> bool:
+    """Whether the spatial dimensions are one, without a copy."""
+    return all(
+        z.shape[d] == 1 or z.shape[d + 1] == 1 or z.stride(d) == z.stride(d + 1) * z.shape[d + 1]
+        for d in range(2, z.dim() - 1)
+    )
+
+
+def _block_elements(dtype: torch.dtype) -> int:
+    return BLOCK_BYTES_PER_THREAD * torch.get_num_threads() // dtype.itemsize
+
+
+def _complete(x: Tensor, from_logits: bool) -> Tensor:
+    """Fill in the second class of a problem given by its first: logit 0, or 1 - p."""
+    if from_logits:
+        x[:, 1] = 0
+    else:
+        torch.sub(1, x[:, 0], out=x[:, 1])
+    return x
+
+
+def _channels(slope: Tensor, binary: bool, from_logits: bool) -> Tensor:
+    """The slope with respect to the channels that there are, given that of all classes."""
+    if not binary:
+        return slope
+    return slope[:, :1] if from_logits else slope[:, :1] - slope[:, 1:]

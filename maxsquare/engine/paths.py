@@ -1,0 +1,153 @@
+"""Which path computes: the plain formula, or one that never holds full-resolution tensors."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maxsquare.engine import blocks, pixelwise
+from maxsquare.engine.pixelwise import Problem
+
+
+def choose_path(*tensors: Tensor | None) -> ModuleType | None:
+    """The module whose `sweep` is made for these tensors; None for the plain formula.
+
+    The plain formula is what compilers, function transforms and tensor subclasses can see
+    through, and what runs where there is no faster path.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in given):
+        return None
+    return blocks if given[0].device.type == "cpu" else None
+
+
+def accumulate(
+    z: Tensor,
+    problem: Problem,
+    *,
+    guide: Tensor | None = None,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`pixelwise.accumulate` by the fastest path."""
+    path = choose_path(z, guide, labels, valid)
+    if path is None:
+        return pixelwise.accumulate(z, problem, guide=guide, labels=labels, valid=valid)
+    sums, counts, _, _ = _Sweep.apply(z, guide, labels, valid, problem, path, False)
+    return sums, counts
+
+
+def terms(
+    z: Tensor,
+    problem: Problem,
+    *,
+    guide: Tensor | None = None,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`pixelwise.terms` by the fastest path."""
+    path = choose_path(z, guide, labels, valid)
+    if path is None:
+        return pixelwise.terms(z, problem, guide=guide, labels=labels, valid=valid)
+    _, _, y, phi = _Sweep.apply(z, guide, labels, valid, problem, path, True)
+    if labels is not None:
+        y = torch.where(labels == problem.ignore_index, -1, labels.long())
+    y = torch.zeros_like(phi, dtype=torch.long) if y is None else _widen(y)
+    counted = y != -1 if valid is None else valid & (y != -1)
+    return phi, y, counted
+
+
+def predict(
+    z: Tensor, problem: Problem, *, guide: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """`pixelwise.predict` by the fastest path."""
+    path = choose_path(z, guide, valid)
+    if path is None:
+        return pixelwise.predict(z, problem, guide=guide, valid=valid)
+    y = _widen(_sweep(path, z, problem, guide=guide, valid=valid).y)
+    return y if valid is None else torch.where(valid, y, -1)
+
+
+def _sweep(path: Any, z: Tensor, problem: Problem, **arguments: Any) -> Any:
+    # Autocast would interpolate in half precision.
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        return path.sweep(z.detach(), problem, **arguments)
+
+
+def _widen(y: Tensor) -> Tensor:
+    """Narrow indices as int64."""
+    wide = y.long()
+    return torch.where(wide == 255, -1, wide) if y.dtype == torch.uint8 else wide
+
+
+class _Sweep(torch.autograd.Function):
+    """Bins (sums, counts), or the potential of every pixel; linear memory, deterministic.
+
+    Without upsampling the slope is recomputed in the backward pass: the weights of the bins
+    are not known before the image ends, and a slope stored would be as large as the logits.
+    Upsampled logits are small: with one bin, whose weight is a common factor, their slope is
+    taken in the same pass as the sums.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        guide: Tensor | None,
+        labels: Tensor | None,
+        valid: Tensor | None,
+        problem: Problem,
+        path: Any,
+        per_pixel: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        at_once = problem.size is not None and not problem.by_class and not per_pixel
+        weights = z.new_ones(len(z), 1) if at_once and ctx.needs_input_grad[0] else None
+        swept = _sweep(
+            path,
+            z,
+            problem,
+            guide=guide,
+            labels=labels,
+            valid=valid,
+            weights=weights,
+            per_pixel=per_pixel,
+        )
+        ctx.save_for_backward(z, guide, labels, valid, swept.y, swept.slope)
+        ctx.problem, ctx.path, ctx.per_pixel = problem, path, per_pixel
+        ctx.mark_non_differentiable(*(t for t in (swept.counts, swept.y) if t is not None))
+        return swept.sums, swept.counts, swept.y, swept.phi
+
+    @staticmethod
+    def backward(
+        ctx: Any, sums_grad: Tensor, _counts: None, _y: None, phi_grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        z, guide, labels, valid, y, slope = ctx.saved_tensors
+        problem = ctx.problem
+        upstream = phi_grad if ctx.per_pixel else sums_grad
+        if torch.is_grad_enabled():
+            # A graph of the gradient is wanted: the plain formula has one.
+            plain = pixelwise.terms if ctx.per_pixel else pixelwise.accumulate
+            value = plain(z, problem, guide=guide, labels=labels, valid=valid)[0]
+            (slope,) = torch.autograd.grad(value, z, upstream, create_graph=True)
+        elif slope is not None:
+            slope = (slope * upstream.view(-1, *[1] * (z.dim() - 1))).to(z.dtype)
+        else:
+            if y is not None:
+                # The forward pass has decided every index, ties included.
+                problem = problem._replace(ignore_index=255 if y.dtype == torch.uint8 else -1)
+                guide, labels = None, y
+            slope = _sweep(
+                ctx.path,
+                z,
+                problem,
+                labels=labels,
+                valid=valid,
+                weights=upstream,
+                per_pixel=ctx.per_pixel,
+            ).slope
+        return slope, None, None, None, None, None, None
