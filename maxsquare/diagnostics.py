@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maxsquare.checks import check_logits, check_map, check_size
+from maxsquare.checks import check_labels, check_logits, check_map, check_size
 from maxsquare.functional import Size
 from maxsquare.losses import _TargetLoss
 
@@ -67,13 +67,14 @@ def gradient_profile(
 
     pixelwise = copy(loss)
     pixelwise.reduction, pixelwise.from_logits = "none", True  # type: ignore[assignment]
-    if loss.activation == "sigmoid":
-        z = torch.logit(p).view(-1, 1, 1)
-    else:
-        rest = ((1 - p) / (classes - 1)).log()
-        z = torch.stack([p.log(), *[rest] * (classes - 1)], 1).unsqueeze(2)
-    value = pixelwise(z).flatten()
-    slope_p, slope_z = torch.autograd.grad(value.sum(), (p, z))
+    with torch.enable_grad():
+        if loss.activation == "sigmoid":
+            z = torch.logit(p).view(-1, 1, 1)
+        else:
+            rest = ((1 - p) / (classes - 1)).log()
+            z = torch.stack([p.log(), *[rest] * (classes - 1)], 1).unsqueeze(2)
+        value = pixelwise(z).flatten()
+    slope_p, slope_z = torch.autograd.grad(value, (p, z), torch.ones_like(value))
     return GradientProfile(p.detach(), value.detach(), slope_p, slope_z[:, 0, 0])
 
 
@@ -118,6 +119,7 @@ def class_gradient_share(
     _check_single_head(loss)
     check_logits("logits", logits, str(loss.activation))
     pair = check_size(size, logits)
+    check_labels(labels)
     check_map("labels", labels, logits, pair)
     z = logits.detach()
     if pair is not None:

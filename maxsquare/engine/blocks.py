@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maxsquare.engine.bilinear import axis_bands
-from maxsquare.engine.pixelwise import Problem
+from maxsquare.engine.pixelwise import LOWEST_LOGIT, Problem
 from maxsquare.potentials import Label, Tsallis
 
 # Logits, probabilities and one more buffer of this size fit a level-2 cache of 1 MiB.
@@ -274,21 +274,24 @@ class _Upsampled:
     block. The gradient goes the same way back.
     """
 
-    def __init__(self, z: Tensor, problem: Problem, dtype: torch.dtype, sloped: bool) -> None:
+    def __init__(
+        self, z: Tensor, problem: Problem, dtype: torch.dtype, banded: bool, sloped: bool
+    ) -> None:
         assert problem.size is not None
         self.binary, self.from_logits = problem.binary, problem.from_logits
         self.z, self.dtype = z, dtype
         self.classes, channels = 2 if problem.binary else z.shape[1], z.shape[1]
         (self.length, self.width), (height, width) = problem.size, z.shape[2:]
+        step = max(1, _block_elements(dtype) // (self.classes * self.width)) if banded else 1
+        columns = COLUMNS_PER_BAND if banded else 1
         align = problem.align_corners
-        step = max(1, _block_elements(dtype) // (self.classes * self.width))
         self.row_bands = axis_bands(self.length, height, align, step, dtype)
-        self.column_bands = axis_bands(self.width, width, align, COLUMNS_PER_BAND, dtype)
+        self.column_bands = axis_bands(self.width, width, align, columns, dtype)
         self.slices = [band.out for band in self.row_bands]
         self.buffer = torch.empty(step * self.classes * self.width, dtype=dtype)
         # One image, wide but low: (height, channels, width of the result).
         self.wide = torch.empty(height, channels, self.width, dtype=dtype)
-        self.slope = torch.empty_like(z) if sloped else None
+        self.slope = torch.empty_like(z, dtype=dtype) if sloped else None
         self.wide_slope = torch.empty_like(self.wide) if sloped else None
         self.n = 0
 
@@ -296,6 +299,8 @@ class _Upsampled:
         """Turn to image n: interpolate along the columns."""
         self.n = n
         narrow = self.z[n].to(self.dtype).transpose(0, 1)
+        if self.from_logits:
+            narrow = narrow.clamp_min(LOWEST_LOGIT)
         for band in self.column_bands:
             self.wide[..., band.out] = narrow[..., band.source] @ band.weights.t()
         if self.wide_slope is not None:
@@ -341,7 +346,9 @@ def _heads(
 ) -> list[_Whole] | list[_Upsampled]:
     """Sources of the logits of all heads, of which the first may need a slope."""
     if problem.size is not None:
-        return [_Upsampled(z, problem, dtype, sloped and z is heads[0]) for z in heads]
+        # In a band of several rows 0 times NaN would reach pixels that the NaN does not touch.
+        banded = all(bool((z < math.inf).all()) for z in heads)
+        return [_Upsampled(z, problem, dtype, banded, sloped and z is heads[0]) for z in heads]
     flat = all(map(_is_flat, heads))
     return [_Whole(z, problem, dtype, flat, sloped and z is heads[0]) for z in heads]
 

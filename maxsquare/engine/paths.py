@@ -135,7 +135,7 @@ class _Sweep(torch.autograd.Function):
             value = plain(z, problem, guide=guide, labels=labels, valid=valid)[0]
             (slope,) = torch.autograd.grad(value, z, upstream, create_graph=True)
         elif slope is not None:
-            slope = (slope * upstream.view(-1, *[1] * (z.dim() - 1))).to(z.dtype)
+            slope = slope * upstream.view(-1, *[1] * (z.dim() - 1))
         else:
             if y is not None:
                 # The forward pass has decided every index, ties included.
@@ -150,4 +150,4 @@ class _Sweep(torch.autograd.Function):
                 weights=upstream,
                 per_pixel=ctx.per_pixel,
             ).slope
-        return slope, None, None, None, None, None, None
+        return slope.to(z.dtype), None, None, None, None, None, None

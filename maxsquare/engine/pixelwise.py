@@ -15,6 +15,9 @@ from torch import Tensor
 
 from maxsquare.potentials import Label, Tsallis
 
+# Stands for -inf, a class masked out, where logits are interpolated: 0 times -inf is NaN.
+LOWEST_LOGIT = -1e30
+
 
 class Problem(NamedTuple):
     """Everything about a sum of potentials that is not a tensor.
@@ -98,6 +101,7 @@ def full_resolution(z: Tensor, problem: Problem, valid: Tensor | None) -> Tensor
     """The (N, C, *spatial) logits or probabilities of all classes, in float32 at least."""
     z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
     if problem.size is not None:
+        z = z.clamp_min(LOWEST_LOGIT) if problem.from_logits else z
         z = F.interpolate(z, problem.size, mode="bilinear", align_corners=problem.align_corners)
     if problem.binary:
         z = torch.cat((z, torch.zeros_like(z) if problem.from_logits else 1 - z), 1)

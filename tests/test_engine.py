@@ -1,0 +1,300 @@
+"""Every path of the engine computes what the plain formula says, in bounded memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from support import LAYOUTS, assert_close, assert_within_budget, lay_out, random_logits
+from torch import Tensor
+
+from maxsquare.engine import Problem, bilinear, blocks, paths, pixelwise
+from maxsquare.potentials import Label, Tsallis
+
+PROBLEMS = {
+    "entropy": Problem(Tsallis(1)),
+    "max_square": Problem(Tsallis(2)),
+    "tsallis": Problem(Tsallis(1.3)),
+    "image_wise": Problem(Tsallis(2), by_class=True),
+    "image_wise_entropy": Problem(Tsallis(1), by_class=True),
+    "cross_entropy": Problem(Label(), ignore_index=1),
+    "pseudo_label": Problem(Label(), threshold=0.5),
+    "guidance": Problem(Label(), threshold=0.5),
+}
+GUIDED, LABELLED = "guidance", "cross_entropy"
+each_problem = pytest.mark.parametrize("name", PROBLEMS)
+
+
+@pytest.fixture(params=[1, 7 * 4 * 19, None], ids=["one pixel", "a few pixels", "as shipped"])
+def block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one pixel or row, of a few (so that some are cut short), and the usual ones."""
+    if request.param is not None:
+        monkeypatch.setattr(blocks, "BLOCK_BYTES_PER_THREAD", request.param)
+        monkeypatch.setattr(blocks, "COLUMNS_PER_BAND", min(request.param, 3))
+
+
+def case(
+    name: str, shape: tuple[int, ...], size: tuple[int, int] | None, seed: int = 0
+) -> tuple[Tensor, Problem, dict[str, Any]]:
+    """float64 logits, problem and further tensors, a mask included."""
+    z = random_logits(shape, seed=seed)
+    pixels = (shape[0], *(shape[2:] if size is None else size))
+    generator = torch.Generator().manual_seed(seed)
+    arguments: dict[str, Any] = {"valid": torch.rand(pixels, generator=generator) < 0.8}
+    if name == GUIDED:
+        arguments["guide"] = random_logits(shape, seed=seed + 1)
+    if name == LABELLED:
+        arguments["labels"] = torch.randint(-1, shape[1], pixels, generator=generator)
+    return z, PROBLEMS[name]._replace(size=size), arguments
+
+
+def both_ways(
+    z: Tensor, problem: Problem, arguments: dict[str, Any], pick: Callable[..., Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Value and gradient under an uneven upstream, by the fast path and by the plain formula."""
+    results = []
+    for engine in (paths, pixelwise):
+        leaf = z.detach().requires_grad_()
+        value = pick(engine)(leaf, problem, **arguments)[0]
+        upstream = torch.arange(1, value.numel() + 1, dtype=value.dtype).view_as(value)
+        (gradient,) = torch.autograd.grad(value, leaf, upstream / upstream.sum())
+        results.append((value.detach(), gradient))
+    return results
+
+
+def assert_both_ways(z: Tensor, problem: Problem, arguments: dict[str, Any]) -> None:
+    for pick in (lambda engine: engine.accumulate, lambda engine: engine.terms):
+        (value, gradient), (plain, plain_gradient) = both_ways(z, problem, arguments, pick)
+        assert_close(value, plain)
+        assert_close(gradient, plain_gradient)
+
+
+@each_problem
+@pytest.mark.parametrize("shape", [(2, 5, 23), (2, 3, 7, 9), (1, 4, 3, 4, 5)], ids=str)
+def test_blocks_equal_the_plain_formula_at_every_block_edge(
+    block_size: None, name: str, shape: tuple[int, ...]
+) -> None:
+    assert_both_ways(*case(name, shape, None))
+
+
+@each_problem
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(17, 23), (3, 4), (6, 31), (1, 1)], ids=str)
+def test_fused_upsampling_equals_upsampling_first(
+    block_size: None, name: str, size: tuple[int, int], align_corners: bool
+) -> None:
+    z, problem, arguments = case(name, (2, 4, 6, 7), size)
+    assert_both_ways(z, problem._replace(align_corners=align_corners), arguments)
+
+
+@each_problem
+@given(st.data())
+def test_any_shape_layout_and_kind_of_input_equals_the_plain_formula(
+    name: str, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(1, 3))
+    images, classes = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([2, 3, 19]))
+    spatial = tuple(data.draw(st.lists(st.integers(1, 9), min_size=rank, max_size=rank)))
+    size = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12))) if rank == 2 else None
+    seed = data.draw(st.integers(0, 999))
+    z, problem, arguments = case(name, (images, classes, *spatial), size, seed)
+    problem = problem._replace(align_corners=data.draw(st.booleans()))
+    if data.draw(st.booleans()):
+        del arguments["valid"]
+    if not data.draw(st.booleans()):
+        z = 0.01 + 0.98 * z.softmax(1)
+        if "guide" in arguments:
+            arguments["guide"] = 0.01 + 0.98 * arguments["guide"].softmax(1)
+        if isinstance(problem.potential, Tsallis):
+            problem = problem._replace(potential=problem.potential._replace(normalised=False))
+        problem = problem._replace(from_logits=False)
+    if data.draw(st.booleans()):
+        z = z[:, :1].contiguous()
+        if "guide" in arguments:
+            arguments["guide"] = arguments["guide"][:, :1]
+        if "labels" in arguments:
+            arguments["labels"] = arguments["labels"].clamp(max=1)
+        problem = problem._replace(binary=True)
+    assert_both_ways(lay_out(z, data.draw(st.sampled_from(LAYOUTS))), problem, arguments)
+
+
+@each_problem
+@pytest.mark.parametrize("size", [None, (20, 31)], ids=["as is", "upsampled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_stays_within_the_budget_of_the_plain_formula(
+    name: str, size: tuple[int, int] | None, dtype: torch.dtype
+) -> None:
+    z, problem, arguments = case(name, (2, 19, 6, 9), size)
+    # A threshold, like a tie, is a step: the index is decided once, for all precisions.
+    if name in ("image_wise", "image_wise_entropy", "pseudo_label", "guidance"):
+        z, guide = z.to(dtype).double(), arguments.get("guide")
+        if guide is not None:
+            arguments["guide"] = guide.to(dtype).double()
+    z = z.to(dtype).double()
+
+    def run(engine: Any, cast: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = z.to(cast).requires_grad_()
+        given = {k: t.to(cast) if k == "guide" else t for k, t in arguments.items()}
+        value = engine.accumulate(leaf, problem, **given)[0]
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), gradient
+
+    exact, plain, ours = run(pixelwise, torch.float64), run(pixelwise, dtype), run(paths, dtype)
+    assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        assert_within_budget(a, b, c, dtype)
+
+
+@pytest.mark.parametrize("name", [*PROBLEMS])
+@pytest.mark.parametrize("size", [None, (9, 13)], ids=["as is", "upsampled"])
+def test_gradcheck_with_respect_to_the_logits_that_are_given(
+    name: str, size: tuple[int, int] | None
+) -> None:
+    z, problem, arguments = case(name, (1, 3, 3, 4), size)
+    for run in (paths.accumulate, paths.terms):
+        call = lambda z, run=run: run(z, problem, **arguments)[0]  # noqa: E731
+        assert torch.autograd.gradcheck(call, z.requires_grad_())
+        assert torch.autograd.gradgradcheck(call, z)
+
+
+@each_problem
+@pytest.mark.parametrize("size", [None, (40, 50)], ids=["as is", "upsampled"])
+def test_repeats_are_bitwise_equal(name: str, size: tuple[int, int] | None) -> None:
+    z, problem, arguments = case(name, (2, 19, 20, 30), size)
+    runs = []
+    for _ in range(2):
+        leaf = z.float().requires_grad_()
+        given = {k: t.float() if k == "guide" else t for k, t in arguments.items()}
+        sums, _ = paths.accumulate(leaf, problem, **given)
+        runs.append((sums, *torch.autograd.grad(sums.sum(), leaf)))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size,source", [(7, 3), (3, 7), (1, 5), (5, 1), (512, 65)])
+def test_interpolation_matrices_are_those_of_interpolate(
+    size: int, source: int, align_corners: bool
+) -> None:
+    x = torch.eye(source, dtype=torch.float64)[None, :, None]
+    expected = F.interpolate(x, (1, size), mode="bilinear", align_corners=align_corners)[0, :, 0].T
+    for step in (1, 2, 64):
+        matrix = torch.zeros(size, source, dtype=torch.float64)
+        for band in bilinear.axis_bands(size, source, align_corners, step, torch.float64):
+            matrix[band.out, band.source] = band.weights
+        assert_close(matrix, expected)
+
+
+def test_positions_far_from_the_origin_keep_their_digits() -> None:
+    """In float32, position 2000 of 2048 is known to 1e-4 of a pixel, as interpolate has it."""
+    (*_, last) = bilinear.axis_bands(2048, 257, True, 1, torch.float32)[:2001]
+    exact = 2000 * 256 / 2047 % 1
+    assert abs(last.weights[0, 1].item() - exact) < 1e-7
+
+
+def test_a_class_masked_out_stays_so_when_upsampled() -> None:
+    z, problem, arguments = case("max_square", (1, 4, 5, 6), (19, 23))
+    z[:, 2] = -torch.inf
+    arguments.pop("valid")
+    others = z[:, [0, 1, 3]]
+    for value, gradient in both_ways(z, problem, arguments, lambda engine: engine.accumulate):
+        (expected, expected_gradient), _ = both_ways(
+            others, problem, arguments, lambda engine: engine.accumulate
+        )
+        assert_close(value, expected)
+        assert_close(gradient[:, [0, 1, 3]], expected_gradient)
+        assert not gradient[:, 2].any()
+
+
+@each_problem
+def test_nan_reaches_the_pixels_it_touches_and_no_other(name: str) -> None:
+    z, problem, arguments = case(name, (1, 3, 6, 6), (31, 31))
+    problem = problem._replace(align_corners=True)
+    z[0, 0, 0, 0] = torch.nan
+    touched = torch.zeros(1, 31, 31, dtype=torch.bool)
+    touched[:, :6, :6] = True
+    labels = arguments.get("labels")
+    if labels is not None:
+        labels.clamp_(min=0).masked_fill_(labels == 1, 0)
+    for engine in (paths, pixelwise):
+        assert (
+            not engine.accumulate(z, problem, **{**arguments, "valid": ~touched})[0].isnan().any()
+        )
+        assert engine.accumulate(z, problem, **{**arguments, "valid": touched})[0].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["image_wise", "pseudo_label"])
+@pytest.mark.parametrize("classes", [2, 254, 255, 300])
+def test_any_number_of_classes_has_an_index(name: str, classes: int) -> None:
+    z, problem, arguments = case(name, (1, classes, 3, 5), None)
+    z[0, -1, 0] += 50
+    assert_both_ways(z, problem, arguments)
+
+
+def test_the_plain_formula_is_chosen_where_a_fast_path_would_break() -> None:
+    class Subclass(Tensor):
+        pass
+
+    z = random_logits((1, 3, 4, 4))
+    assert paths.choose_path(z) is blocks
+    assert paths.choose_path(z.as_subclass(Subclass)) is None
+    assert paths.choose_path(z.to("meta")) is None
+    chosen = []
+
+    def record(z: Tensor) -> Tensor:
+        chosen.append(paths.choose_path(z))
+        return z.sum()
+
+    torch.func.grad(record)(z)
+    assert chosen == [None]
+
+
+def test_logits_changed_between_the_passes_are_noticed() -> None:
+    z = random_logits((1, 3, 4, 4)).requires_grad_()
+    leaf = z * 1
+    sums, _ = paths.accumulate(leaf, PROBLEMS["max_square"])
+    leaf += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sums.sum().backward()
+
+
+MEASURE = """
+import resource, sys, torch
+import maxsquare
+torch.set_num_threads(1)
+shape, size, limit = (1, 19, *map(int, sys.argv[1:3])), sys.argv[3], float(sys.argv[4])
+size = None if size == "none" else tuple(map(int, size.split("x")))
+loss = maxsquare.IWMaxSquareLoss()
+def run(z):
+    loss(z, size=size, align_corners=size is not None).backward()
+run(torch.randn(1, 19, 5, 7).requires_grad_())
+z = torch.randn(shape).requires_grad_()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(z)
+extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+extra -= 0 if size else z.numel() * 4 / 2**20
+print(extra)
+sys.exit(extra > limit)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.parametrize(
+    "shape,size",
+    [((512, 1024), "none"), ((65, 129), "512x1024")],
+    ids=["as is", "upsampled"],
+)
+def test_peak_memory_stays_far_below_a_tensor_of_logits(shape: tuple[int, int], size: str) -> None:
+    """Beyond logits and gradient: 16 MiB, where one (1, 19, 512, 1024) tensor is 38 MiB."""
+    arguments = [*map(str, shape), size, "16"]
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,120 @@
+"""The family of potentials: limits, identities and bounds, seen through the public losses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import Batch, assert_close, batches, random_logits, value_and_gradient
+
+from maxsquare import (
+    EntropyLoss,
+    IWEntropyLoss,
+    IWMaxSquareLoss,
+    MaxSquareLoss,
+    TsallisEntropyLoss,
+)
+
+RATIOS = st.sampled_from([None, 0.0, 0.3, 1.0])
+
+
+@given(batches(), RATIOS)
+def test_tsallis_entropy_at_q_1_is_shannon_entropy(batch: Batch, ratio: float | None) -> None:
+    shannon = EntropyLoss() if ratio is None else IWEntropyLoss(ratio=ratio)
+    assert_close(TsallisEntropyLoss(1, ratio=ratio)(batch.logits), shannon(batch.logits))
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.0, 20.0])
+def test_tsallis_entropy_tends_to_shannon_entropy_as_q_tends_to_1(spread: float) -> None:
+    inputs = (random_logits((2, 5, 4, 3), spread=spread),)
+    shannon, shannon_gradient = value_and_gradient(EntropyLoss(), inputs)
+    distances = []
+    for gap in (1e-2, 1e-4, 1e-6):
+        for q in (1 - gap, 1 + gap):
+            value, gradient = value_and_gradient(TsallisEntropyLoss(q), inputs)
+            distances.append((value - shannon).abs() + (gradient[0] - shannon_gradient[0]).norm())
+            # The second-order term -1/2 (q-1) sum p log^2 p is below 1/2 (q-1) (log C)^2 + 1.
+            assert distances[-1] <= 5 * gap
+    assert distances[0] > 10 * distances[2] > 100 * distances[4]
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-5, 1e-7])
+def test_tsallis_entropy_in_float32_keeps_its_digits_as_q_tends_to_1(gap: float) -> None:
+    logits = random_logits((2, 5, 4, 3))
+    exact = TsallisEntropyLoss(1 + gap)(logits)
+    assert_close(TsallisEntropyLoss(1 + gap)(logits.float()), exact, torch.float32)
+
+
+@given(batches())
+def test_tsallis_entropy_at_q_2_is_an_affine_map_of_maximum_squares(batch: Batch) -> None:
+    per_pixel = {"reduction": "none"}
+    tsallis, tsallis_gradient = value_and_gradient(
+        TsallisEntropyLoss(2, **per_pixel), (batch.logits,)
+    )
+    squares, squares_gradient = value_and_gradient(MaxSquareLoss(**per_pixel), (batch.logits,))
+    assert_close(squares, (tsallis - 1) / 2)
+    assert_close(squares_gradient[0], tsallis_gradient[0] / 2)
+
+
+@given(batches())
+def test_image_wise_tsallis_at_q_2_has_twice_the_maximum_squares_gradient(batch: Batch) -> None:
+    _, tsallis = value_and_gradient(TsallisEntropyLoss(2, ratio=0.2), (batch.logits,))
+    _, squares = value_and_gradient(IWMaxSquareLoss(ratio=0.2), (batch.logits,))
+    assert_close(squares[0], tsallis[0] / 2)
+
+
+@given(batches())
+def test_maximum_squares_is_the_negative_chi_squared_divergence_from_uniform(
+    batch: Batch,
+) -> None:
+    p = batch.logits.softmax(1)
+    classes = p.shape[1]
+    uniform = 1 / classes
+    chi_squared = ((p - uniform) ** 2 / uniform).sum(1).mean()
+    assert_close(MaxSquareLoss()(batch.logits), -(chi_squared + 1) / (2 * classes))
+
+
+@given(batches())
+def test_maximum_squares_lies_between_certainty_and_uniformity(batch: Batch) -> None:
+    terms = MaxSquareLoss(reduction="none")(batch.logits)
+    rounding = 1e-15
+    assert (terms >= -0.5 - rounding).all()
+    assert (terms <= -0.5 / batch.logits.shape[1] + rounding).all()
+
+
+def test_maximum_squares_reaches_its_bounds() -> None:
+    certain = torch.tensor([[1e4, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert MaxSquareLoss()(certain) == -0.5
+    assert MaxSquareLoss()(torch.zeros_like(certain)) == -0.125
+
+
+@given(batches(), st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0]))
+def test_tsallis_entropy_lies_between_certainty_and_uniformity(batch: Batch, q: float) -> None:
+    classes = batch.logits.shape[1]
+    highest = math.log(classes) if q == 1 else (1 - classes ** (1 - q)) / (q - 1)
+    terms = TsallisEntropyLoss(q, reduction="none")(batch.logits)
+    assert (terms >= -1e-14).all()
+    assert (terms <= highest * (1 + 1e-14)).all()
+
+
+@given(batches(ranks=(2,)))
+def test_tsallis_entropy_falls_as_q_grows(batch: Batch) -> None:
+    values = [TsallisEntropyLoss(q)(batch.logits) for q in (0.5, 1, 1.5, 2, 3)]
+    assert all(low <= high + 1e-14 for high, low in zip(values, values[1:], strict=False))
+
+
+@pytest.mark.parametrize("classes", [2, 19, 150])
+def test_paper_and_reference_scale_differ_by_the_class_count(classes: int) -> None:
+    logits = random_logits((1, classes, 3, 4))
+    for plain in (MaxSquareLoss, EntropyLoss, IWEntropyLoss):
+        ratio = plain(scale="reference")(logits) / plain(scale="paper")(logits)
+        assert ratio.item() == pytest.approx(1 / classes)
+    ratio = IWMaxSquareLoss(scale="reference")(logits) / IWMaxSquareLoss()(logits)
+    assert ratio.item() == pytest.approx(2 / classes)
+    ratio = TsallisEntropyLoss(2, ratio=0.2, scale="reference")(logits) / TsallisEntropyLoss(
+        2, ratio=0.2
+    )(logits)
+    assert ratio.item() == pytest.approx(1 / classes)
