@@ -1,0 +1,1 @@
+"""The rooms of the domain-adaptation example: data, model, adaptation, evaluation, pictures."""
