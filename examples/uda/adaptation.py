@@ -1,0 +1,229 @@
+"""One step of unsupervised domain adaptation with a maximum squares loss.
+
+We have labelled images of one domain (the source, say rendered streets) and only images of another
+(the target, say real ones). First a network learns from the source alone (`source_step`). It then
+does worse on the target, and is less sure of itself there. Adaptation (`adaptation_step`) goes on
+learning from the source labels while a target loss pushes the predicted class probabilities p of
+every target pixel towards certainty. Entropy minimisation does that too, but its gradient is
+largest on pixels that are nearly certain already, so that easy classes (road, sky) drown the hard
+ones; the maximum squares loss -sum_c p_c^2 / 2 has a gradient that grows only linearly with p. Its
+image-wise form goes further and divides a pixel's loss by (a power of) the number of pixels
+predicted as the same class in that image, so that rare classes count. The multi-level form also
+teaches a second, low-level head: wherever either head is sure, the class on which they agree on
+average becomes a label for the low-level head, which improves the features both heads share. No
+discriminator and no target label is needed anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import maxsquare
+from maxsquare import functional
+from uda.deeplab import HEADS
+
+BackboneUpdates = Literal["published", "once"]
+# How often one step updates (stem, stages, shortcuts); see RepeatedSGD.
+REPEATS: dict[BackboneUpdates, tuple[int, int, int]] = {"published": (1, 3, 4), "once": (1, 1, 1)}
+
+
+def methods(
+    *, ratio: float = 0.2, threshold: float = 0.95, low_weight: float = 0.1
+) -> dict[str, nn.Module | None]:
+    """The target loss of each method, by name; None: go on with the source alone.
+
+    The published target weights (0.1, and 0.09 for maxsquare-iw-multi) belong to these defaults
+    and to scale="reference".
+    """
+    image_wise = maxsquare.IWMaxSquareLoss(ratio=ratio, scale="reference")
+    return {
+        "source": None,
+        "entropy": maxsquare.EntropyLoss(scale="reference"),
+        "entropy-iw": maxsquare.IWEntropyLoss(ratio=ratio, scale="reference"),
+        "maxsquare": maxsquare.MaxSquareLoss(scale="reference"),
+        "maxsquare-iw": image_wise,
+        "maxsquare-iw-multi": maxsquare.MultiLevelLoss(
+            image_wise, threshold=threshold, weight=low_weight
+        ),
+        "pseudo-label": maxsquare.PseudoLabelLoss(threshold=threshold),
+    }
+
+
+METHODS = methods()
+
+
+class Losses(NamedTuple):
+    """The terms of one step as they entered the objective, weights included; detached scalars."""
+
+    source: Tensor
+    source_low: Tensor
+    target: Tensor
+
+
+def adaptation_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    source_images: Tensor,
+    source_labels: Tensor,
+    target_images: Tensor,
+    target_loss: nn.Module,
+    *,
+    target_weight: float,
+    low_weight: float = 0.0,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+) -> Losses:
+    """Learn from labelled source images and unlabelled target images; one optimiser step.
+
+    Each domain goes through the network by itself: BatchNorm normalises each with its own batch
+    statistics, and only one graph is in memory at a time.
+
+    Args:
+        model: images (N, 3, H, W) to (logits, low_logits) at any stride; in training mode.
+        optimizer: updates the model; its learning rate is set beforehand (`set_learning_rate`).
+        source_images, source_labels: (N, 3, H, W) and (N, H, W), -1 = ignored.
+        target_images: (M, 3, H', W').
+        target_loss: any maxsquare loss; a MultiLevelLoss sees both heads, others the final one.
+        target_weight: weight of the target loss; belongs to the loss's ``scale``.
+        low_weight: weight of the low-level head's source cross entropy; 0 leaves that head alone.
+        backward: what computes gradients, ``fabric.backward`` under Lightning Fabric.
+
+    Returns:
+        The losses, on the model's device: reading their values is what synchronises, not the step.
+    """
+    optimizer.zero_grad()
+    source, source_low = source_losses(model, source_images, source_labels, low_weight)
+    backward(source + source_low)
+
+    logits, low_logits = model(target_images)
+    heads = (logits, low_logits) if _reads_both_heads(target_loss) else (logits,)
+    size = target_images.shape[-2:]
+    target = target_weight * target_loss(*heads, size=size, align_corners=True)
+    backward(target)
+
+    optimizer.step()
+    return Losses(source.detach(), source_low.detach(), target.detach())
+
+
+def source_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    source_images: Tensor,
+    source_labels: Tensor,
+    *,
+    low_weight: float = 0.0,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+) -> Losses:
+    """Learn from labelled source images alone; arguments as in `adaptation_step`."""
+    optimizer.zero_grad()
+    source, source_low = source_losses(model, source_images, source_labels, low_weight)
+    backward(source + source_low)
+    optimizer.step()
+    return Losses(source.detach(), source_low.detach(), target=source.new_zeros(()))
+
+
+def source_losses(
+    model: nn.Module, images: Tensor, labels: Tensor, low_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the final head, and of the low-level head times its weight."""
+    logits, low_logits = model(images)
+    size = labels.shape[-2:]
+    source = functional.cross_entropy(logits, labels, size=size, align_corners=True)
+    if low_weight == 0:  # no gradient at all: a zero one would still decay the head's weights
+        return source, source.new_zeros(())
+    low = functional.cross_entropy(low_logits, labels, size=size, align_corners=True)
+    return source, low_weight * low
+
+
+def _reads_both_heads(target_loss: nn.Module) -> bool:
+    return isinstance(target_loss, (maxsquare.MultiLevelLoss, maxsquare.MultiLevelGuidance))
+
+
+def poly_lr(step: int, total: int, base: float, power: float = 0.9) -> float:
+    """Learning rate of step 0, 1, ..., total - 1: base * (1 - step / total)^power."""
+    return base * (1 - step / total) ** power
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group of `parameter_groups` its multiple of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_multiple"]
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    backbone_updates: BackboneUpdates = "once",
+    head_multiple: float = 10.0,
+) -> list[dict[str, Any]]:
+    """The trainable parameters of a DeepLabV2 as groups for `RepeatedSGD`.
+
+    Args:
+        model: the network.
+        lr: learning rate of the backbone.
+        backbone_updates: "once" updates every tensor once per step. "published" updates the
+            residual stages three times and their shortcuts four times, as the published code does
+            by listing them so often: the backbone then moves about three times as far as ``lr``
+            says. The published results were reached that way.
+        head_multiple: the heads' learning rate in units of ``lr``.
+    """
+    if backbone_updates not in REPEATS:
+        raise ValueError(
+            f'backbone_updates must be "published" or "once", got {backbone_updates!r}'
+        )
+    stem: list[Tensor] = []
+    stages: list[Tensor] = []
+    shortcuts: list[Tensor] = []
+    heads: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if any(head in name for head in HEADS):
+            heads.append(parameter)
+        elif ".downsample." in name:
+            shortcuts.append(parameter)
+        elif "layer" in name:
+            stages.append(parameter)
+        else:
+            stem.append(parameter)
+    backbone = zip((stem, stages, shortcuts), REPEATS[backbone_updates], strict=True)
+    groups = [{"params": p, "lr_multiple": 1.0, "repeats": repeats} for p, repeats in backbone]
+    groups.append({"params": heads, "lr_multiple": head_multiple, "repeats": 1})
+    return [{**group, "lr": lr * group["lr_multiple"]} for group in groups]
+
+
+class RepeatedSGD(torch.optim.SGD):
+    """SGD whose step updates each parameter group ``group["repeats"]`` times.
+
+    The published code lists a backbone tensor once for every module that contains it, three or
+    four times. torch.optim.SGD, looping over that list, updates such a tensor three or four times
+    in a row with the same gradient, each time with weight decay of its present value and with
+    momentum that goes on from the previous update; in the very first step there is no momentum
+    yet, and each listing starts its own. That is what this class does, without duplicates in the
+    list, which torch deprecates and which its foreach and fused kernels update differently (they
+    decay the shared momentum for all listings before any of them adds its gradient).
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        first = not self.state
+        try:
+            for repeat in range(max(group["repeats"] for group in groups)):
+                self.param_groups = [group for group in groups if group["repeats"] > repeat]
+                if first:
+                    for group in self.param_groups:
+                        for parameter in group["params"]:
+                            self.state.pop(parameter, None)
+                super().step()
+        finally:
+            self.param_groups = groups
+        return loss

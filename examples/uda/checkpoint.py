@@ -1,0 +1,119 @@
+"""Checkpoints that survive a kill, a full disk and a wrong file.
+
+A checkpoint is one dictionary of tensors, numbers, strings and containers of these. It is read
+without running code from the file (``weights_only``), so a file from anywhere is safe to open.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from uda.errors import UserError
+
+# Older checkpoints hold their best score as a NumPy number; these names rebuild it, nothing else.
+_scalar = np.float64(0).__reduce__()[0]
+NUMPY_NUMBERS = [
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ("float64", "float32", "int64")},
+]
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` so that `path` holds either its old content or all of the new one.
+
+    Raises:
+        UserError: the file cannot be written, for example because the disk is full; an older
+            checkpoint of that name is still there.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    # torch's archive writer turns some failed writes into RuntimeError
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} could not be written ({_reason(error)}); free some space or choose another "
+            "--out (what was there before is kept)"
+        ) from error
+
+
+def load(path: Path, *, expect: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a checkpoint that `save` wrote.
+
+    Args:
+        path: the file.
+        expect: entries that must be in the checkpoint with just these values, such as
+            ``{"architecture": "small", "classes": 19}``.
+
+    Raises:
+        UserError: the file is missing, half-written, or of another kind, or differs from `expect`.
+    """
+    state = read(path)
+    for name, wanted in (expect or {}).items():
+        if name not in state:
+            raise UserError(f"{path} is no checkpoint of this script: it has no entry {name!r}")
+        if state[name] != wanted:
+            raise UserError(
+                f"{path} was written with {name} = {state[name]}, but this run has {name} = "
+                f"{wanted}; give the matching option or another checkpoint"
+            )
+    return state
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The dictionary in any file that ``torch.save`` wrote, on the CPU; UserError if none is."""
+    try:
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({_reason(error)}); give a complete file "
+            "written by torch.save"
+        ) from error
+    if not isinstance(state, dict):
+        raise UserError(
+            f"{path} holds a {type(state).__name__}, not a dictionary of weights; "
+            "give a checkpoint or a state dict"
+        )
+    return state
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error: what a user needs of it in one sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator: Python, NumPy, torch, and each CUDA device."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` returned; generators of absent CUDA devices are left out."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda, device)

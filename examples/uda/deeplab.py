@@ -1,0 +1,207 @@
+"""DeepLabv2 with two classifier heads, and the files its weights come from.
+
+The network is a ResNet whose last two stages keep stride 8 and dilate their convolutions instead.
+The final head reads the last stage, the low-level head the stage before it; the low-level head is
+what multi-level guidance trains on the target. Layer names and shapes are those of the published
+implementation, so that its checkpoints load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
+
+from uda import checkpoint
+from uda.errors import UserError
+
+Aspp = Literal["published", "all"]
+DILATIONS = (6, 12, 18, 24)
+# The published head returns inside its loop over the dilations: only the first two ever take part.
+DILATIONS_USED: dict[Aspp, int] = {"published": 2, "all": 4}
+HEADS = ("layer5.", "layer6.")
+# torchvision's weights expect RGB / 255 divided by these; ours see BGR on the scale 0..255.
+TORCHVISION_STD = (0.229, 0.224, 0.225)
+
+
+class AtrousHead(nn.Module):
+    """Sum of 3x3 classifiers at several dilations (ASPP).
+
+    All four are always present, so that every checkpoint fits; those that take no part are frozen.
+    """
+
+    def __init__(self, channels: int, classes: int, aspp: Aspp) -> None:
+        super().__init__()
+        self.conv2d_list = nn.ModuleList(
+            nn.Conv2d(channels, classes, kernel_size=3, padding=d, dilation=d) for d in DILATIONS
+        )
+        for conv in self.conv2d_list:
+            nn.init.normal_(conv.weight, std=0.01)
+        self.used = DILATIONS_USED[aspp]
+        self.conv2d_list[self.used :].requires_grad_(False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits = self.conv2d_list[0](features)
+        for conv in self.conv2d_list[1 : self.used]:
+            logits = logits + conv(features)
+        return logits
+
+
+class DeepLabV2(nn.Module):
+    """DeepLabv2: a dilated bottleneck ResNet with a final and a low-level classifier head.
+
+    Args:
+        classes: number of classes of both heads.
+        blocks: number of bottleneck blocks in each of the four stages.
+        width: channels of the stem; stage i ends in 4 * width * 2^i channels.
+        aspp: "published" uses the head's dilations 6 and 12 only, "all" adds 18 and 24.
+        freeze_bn: keep BatchNorm on its running statistics while training.
+
+    Shape: images (N, 3, H, W), BGR minus the mean, to a pair (logits, low_logits), each
+        (N, classes, h, w) at stride 8. They are not upsampled: give the losses ``size=(H, W)`` and
+        ``align_corners=True``.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        *,
+        blocks: Sequence[int],
+        width: int = 64,
+        aspp: Aspp = "published",
+        freeze_bn: bool = False,
+    ) -> None:
+        super().__init__()
+        if classes < 2:
+            raise ValueError(f"classes must be at least 2, got {classes}")
+        if aspp not in DILATIONS_USED:
+            raise ValueError(f'aspp must be "published" or "all", got {aspp!r}')
+        self.freeze_bn = freeze_bn
+        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width).requires_grad_(False)
+        self.relu = nn.ReLU(inplace=True)
+        # ceil_mode: images of 8k and of 8k + 1 pixels both give k + 1 positions, so that the
+        # corners of the logits are the corners of the image (align_corners).
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1, ceil_mode=True)
+        self.layer1 = _stage(width, width, blocks[0])
+        self.layer2 = _stage(4 * width, 2 * width, blocks[1], stride=2)
+        self.layer3 = _stage(8 * width, 4 * width, blocks[2], dilation=2)
+        self.layer4 = _stage(16 * width, 8 * width, blocks[3], dilation=4)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        self.layer5 = AtrousHead(16 * width, classes, aspp)
+        self.layer6 = AtrousHead(32 * width, classes, aspp)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        stem = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features = self.layer3(self.layer2(self.layer1(stem)))
+        return self.layer6(self.layer4(features)), self.layer5(features)
+
+    def train(self, mode: bool = True) -> DeepLabV2:
+        super().train(mode)
+        if self.freeze_bn:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+
+def _stage(
+    channels: int, width: int, blocks: int, *, stride: int = 1, dilation: int = 1
+) -> nn.Sequential:
+    """One ResNet stage; unlike torchvision, the first 1x1 convolution carries the stride."""
+    out_channels = width * Bottleneck.expansion
+    shortcut = nn.Sequential(
+        nn.Conv2d(channels, out_channels, kernel_size=1, stride=stride, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
+    first = Bottleneck(channels, width, downsample=shortcut, dilation=dilation)
+    first.conv1.stride = (stride, stride)
+    rest = (Bottleneck(out_channels, width, dilation=dilation) for _ in range(blocks - 1))
+    return nn.Sequential(first, *rest)
+
+
+def deeplab_resnet101(
+    classes: int, *, aspp: Aspp = "published", freeze_bn: bool = False
+) -> DeepLabV2:
+    """The published network."""
+    return DeepLabV2(classes, blocks=(3, 4, 23, 3), aspp=aspp, freeze_bn=freeze_bn)
+
+
+def deeplab_small(classes: int, *, aspp: Aspp = "published", freeze_bn: bool = False) -> DeepLabV2:
+    """A narrow, shallow network that trains from scratch on a CPU in minutes."""
+    return DeepLabV2(classes, blocks=(1, 2, 2, 1), width=16, aspp=aspp, freeze_bn=freeze_bn)
+
+
+def load_weights(model: DeepLabV2, path: Path) -> bool:
+    """Load a file of weights into a model.
+
+    Two kinds of files are understood. A *checkpoint* holds both heads and must fit completely.
+    An *initialisation* (published ImageNet or COCO weights, or torchvision's ResNet-101) holds no
+    second head: the backbone is taken, other classifiers in it are not, the heads stay as they
+    are. Weights may lie in the file itself or under "model" or "state_dict"; a common prefix of
+    their names ("module.", "Scale.") is removed. torchvision's first convolution, made for RGB
+    scaled to unit variance, is rescaled to our BGR minus mean (the means differ by less than one
+    grey level of 255).
+
+    Returns:
+        Whether the heads were loaded too.
+
+    Raises:
+        UserError: the file cannot be read or does not fit; names the first keys at fault.
+    """
+    weights = _tensors(checkpoint.read(path), path)
+    is_torchvision = "fc.weight" in weights
+    weights = _common_prefix_removed(weights, path)
+    own = model.state_dict()
+    is_checkpoint = any(key.startswith("layer6.") for key in weights)
+    if not is_checkpoint:
+        if is_torchvision:
+            std = torch.tensor(TORCHVISION_STD).view(1, 3, 1, 1)
+            weights["conv1.weight"] = (weights["conv1.weight"] / (255 * std)).flip(1)
+        weights = {key: w for key, w in weights.items() if not key.startswith(("fc.", *HEADS))}
+
+    wanted = [key for key in own if is_checkpoint or not key.startswith(HEADS)]
+    # Files from before torch 0.4.1 do not count batches; nothing here needs that number.
+    missing = [k for k in wanted if k not in weights and not k.endswith("num_batches_tracked")]
+    unknown = [key for key in weights if key not in own]
+    misshapen = [
+        f"{key} {tuple(w.shape)} where this network has {tuple(own[key].shape)}"
+        for key, w in weights.items()
+        if key in own and w.shape != own[key].shape
+    ]
+    for problem, keys in (("lacks", missing), ("has unknown", unknown), ("has", misshapen)):
+        if keys:
+            listed = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise UserError(
+                f"{path} does not fit this network: it {problem} {listed}; "
+                "give weights of the same architecture and number of classes"
+            )
+    model.load_state_dict(weights, strict=False)
+    return is_checkpoint
+
+
+def _tensors(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if len(weights) < len(content) or not weights:
+        raise UserError(
+            f'{path} holds no weights, neither itself nor under "model" or "state_dict"'
+        )
+    return weights
+
+
+def _common_prefix_removed(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Names without what stands before the stem's "conv1.weight" (blocks have one too, deeper)."""
+    stems = [key for key in weights if key.endswith("conv1.weight")]
+    if not stems:
+        raise UserError(f"{path} holds no ResNet: none of its keys ends in conv1.weight")
+    prefix = min(stems, key=len).removesuffix("conv1.weight")
+    return {key.removeprefix(prefix): value for key, value in weights.items()}

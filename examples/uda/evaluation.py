@@ -1,0 +1,133 @@
+"""Scores of a segmentation model: one confusion matrix over the whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from uda.datasets import LabelSpace, Sample
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a confusion matrix says, in percent.
+
+    A class takes part in a mean where its score is defined: IoU unless it is absent from labels
+    and predictions alike, accuracy if it is in the labels, precision if it was ever predicted.
+
+    Args:
+        confusion: (C, C) pixel counts; rows are labels, columns predictions.
+        names: the C classes.
+        ids: the classes over which means are taken; None: all.
+    """
+
+    confusion: Tensor
+    names: tuple[str, ...]
+    ids: tuple[int, ...] | None = None
+
+    @property
+    def miou(self) -> float:
+        hits, labelled, predicted = self._counts()
+        return self._mean(hits / (labelled + predicted - hits))
+
+    @property
+    def mean_accuracy(self) -> float:
+        hits, labelled, _ = self._counts()
+        return self._mean(hits / labelled)
+
+    @property
+    def mean_precision(self) -> float:
+        hits, _, predicted = self._counts()
+        return self._mean(hits / predicted)
+
+    @property
+    def pixel_accuracy(self) -> float:
+        hits, labelled, _ = self._counts()
+        return 100 * (hits.sum() / labelled.sum()).item()
+
+    @property
+    def per_class(self) -> dict[str, float | None]:
+        """IoU of each class, None where the class is absent from labels and predictions."""
+        hits, labelled, predicted = self._counts()
+        iou = (100 * hits / (labelled + predicted - hits)).tolist()
+        return {self.names[c]: None if iou[c] != iou[c] else iou[c] for c in self._ids()}
+
+    def subset(self, ids: Sequence[int]) -> Scores:
+        """The same predictions scored over fewer classes, e.g. SYNTHIA's 13 of 16.
+
+        Pixels of the other classes still count as confusions; pixel accuracy stays that of all.
+        """
+        return Scores(self.confusion, self.names, tuple(ids))
+
+    def _counts(self) -> tuple[Tensor, Tensor, Tensor]:
+        confusion = self.confusion.double()
+        return confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+
+    def _ids(self) -> Sequence[int]:
+        return range(len(self.names)) if self.ids is None else self.ids
+
+    def _mean(self, scores: Tensor) -> float:
+        return 100 * scores[list(self._ids())].nanmean().item()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Sample],
+    space: LabelSpace,
+    *,
+    size: tuple[int, int] | None = None,
+    flip: bool = True,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int], object] | None = None,
+) -> Scores:
+    """Score a model on labelled images.
+
+    Args:
+        model: images to (logits, low_logits); put into evaluation mode and back.
+        loader: batches of samples; labels may be larger than the images (full resolution).
+        space: the label space of the loader's labels.
+        size: (height, width) to which labels are resized (nearest) and predictions are upsampled;
+            None: predictions are upsampled to the labels as they are.
+        flip: average the class probabilities (not the logits) of an image and its mirror image.
+        device: where the model is.
+        on_progress: called after each batch with the number of its images.
+
+    In a distributed run each process scores its own share of the images, and every process
+    returns the scores of all of them.
+    """
+    matrix = MulticlassConfusionMatrix(len(space.names), ignore_index=-1, validate_args=False)
+    matrix = matrix.to(device)
+    was_training = model.training
+    model.eval()
+    for images, labels, _ in loader:
+        images, labels = images.to(device), labels.to(device)
+        if size is not None:
+            labels = F.interpolate(labels[:, None].float(), size, mode="nearest-exact")
+            labels = labels[:, 0].long()
+        probabilities = predict(model, images, tuple(labels.shape[-2:]), flip=flip)
+        matrix.update(probabilities.argmax(dim=1), labels)
+        if on_progress is not None:
+            on_progress(len(images))
+    model.train(was_training)
+    return Scores(matrix.compute().cpu(), tuple(space.names))
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, images: Tensor, size: tuple[int, int], *, flip: bool = True
+) -> Tensor:
+    """Class probabilities (N, C, *size) of the final head, averaged over the mirror image."""
+
+    def probabilities(images: Tensor) -> Tensor:
+        logits, _ = model(images)
+        return F.interpolate(logits, size, mode="bilinear", align_corners=True).softmax(dim=1)
+
+    if not flip:
+        return probabilities(images)
+    return (probabilities(images) + probabilities(images.flip(-1)).flip(-1)) / 2

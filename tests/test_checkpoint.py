@@ -1,0 +1,131 @@
+"""Promises of uda.checkpoint: nothing is lost, nothing unsafe runs, errors say what to do."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from uda import checkpoint
+from uda.errors import UserError
+
+STATE = {"network": "small", "classes": 19, "step": 3, "model": {"w": torch.arange(4000.0)}}
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"step": 1})
+    checkpoint.save(path, STATE)
+    state = checkpoint.load(path, expect={"network": "small", "classes": 19})
+    assert torch.equal(state.pop("model")["w"], STATE["model"]["w"])
+    assert state == {key: value for key, value in STATE.items() if key != "model"}
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, STATE)
+
+    def killed(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", killed)
+        checkpoint.save(path, STATE | {"step": 4})
+    assert checkpoint.load(path)["step"] == 3
+    checkpoint.save(path, STATE | {"step": 5})
+    assert checkpoint.load(path)["step"] == 5
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, STATE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A limit on the size of files makes writes fail half-way, as a full disk does.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(UserError, match=r"last\.pt could not be written .*free some space"):
+            checkpoint.save(path, STATE | {"step": 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.load(path)["step"] == 3
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone/last\.pt could not be written \(No such file"):
+        checkpoint.save(tmp_path / "gone" / "last.pt", STATE)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
+def test_a_half_written_file_is_refused(kept: float, tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, STATE)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(UserError, match=r"last\.pt cannot be read as a checkpoint"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x89PNG\r\n\x1a\n"])
+def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(content)
+    with pytest.raises(UserError, match="other cannot be read as a checkpoint"):
+        checkpoint.read(tmp_path / "other")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.pt cannot be read .*No such file"):
+        checkpoint.load(tmp_path / "none.pt")
+
+
+class _Attack:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    torch.save({"model": _Attack(tmp_path / "attacked")}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match=r"evil\.pt cannot be read"):
+        checkpoint.load(tmp_path / "evil.pt")
+    assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("expect", "message"),
+    [
+        ({"classes": 16}, r"last\.pt was written with classes = 19.*this run has classes = 16"),
+        ({"network": "resnet101"}, r"network = small.*network = resnet101"),
+        ({"stage": "source"}, r"last\.pt is no checkpoint .* no entry 'stage'"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    expect: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    checkpoint.save(tmp_path / "last.pt", STATE)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(tmp_path / "last.pt", expect=expect)
+
+
+def test_the_random_state_survives_a_checkpoint(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        cuda = torch.rand(2, device="cuda").tolist() if torch.cuda.is_available() else []
+        return [random.random(), random.gauss(0, 1), *np.random.randn(3), *torch.rand(2), *cuda]
+
+    draw()  # leaves half of a pair of normal numbers waiting in two of the generators
+    checkpoint.save(tmp_path / "last.pt", {"random": checkpoint.random_state()})
+    wanted = draw()
+    draw()
+    checkpoint.restore_random_state(checkpoint.load(tmp_path / "last.pt")["random"])
+    assert draw() == wanted
