@@ -1,0 +1,143 @@
+"""Score a checkpoint on labelled images, at the network's size and at full resolution.
+
+    python examples/evaluate.py runs/demo-maxsquare-iw-multi-seed0/last.pt
+    python examples/evaluate.py published.pth --data-root DIR --out predictions
+
+What an option leaves open is taken from the run that wrote the checkpoint; a checkpoint of the
+published code, which holds weights alone, gets the settings of its GTA5 to Cityscapes runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from PIL import Image
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from uda import datasets, plots, report
+from uda.datasets import Kind
+from uda.deeplab import Aspp
+from uda.errors import UserError
+from uda.evaluation import evaluate, predict
+from uda.loading import load_network
+
+
+@dataclass(frozen=True)
+class Options:
+    """Score a checkpoint on labelled images and, on request, write its predictions as pictures."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint of train_uda.py or of the published code."""
+    data_root: Path | None = None
+    """Folder that holds the data sets."""
+    target: Kind | None = None
+    """Layout of the data set."""
+    target_folder: str | None = None
+    """Folder of the data set under --data-root."""
+    split: str = "val"
+    """Part of the data set."""
+    classes: Literal[19, 16, 13] | None = None
+    """Label space."""
+    target_size: tuple[int, int] | None = None
+    """Height and width at which the network sees the images."""
+    network: Literal["small", "resnet101"] | None = None
+    """Architecture of the checkpoint."""
+    aspp: Aspp | None = None
+    """Dilations of the classifier heads that the checkpoint was trained with."""
+    normalize: datasets.Normalization = "published"
+    """What the network sees: BGR minus the published mean, or RGB as torchvision's weights do."""
+    flip: bool = True
+    """Average the predictions for an image and its mirror image."""
+    out: Path | None = None
+    """Folder for the predictions in the data set's colours, new or empty; default: none."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; "auto" takes a GPU if there is one."""
+    workers: int = 2
+    """Processes that load images; 0 loads them in this process."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        run(tyro.cli(Options, args=arguments), Console())
+    except (UserError, OSError) as error:
+        print(f"error: {report.sentence(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: Options, console: Console) -> None:
+    if options.out and options.out.exists() and any(options.out.iterdir()):
+        raise UserError(f"--out {options.out} is not empty: choose another folder.")
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    network, s = load_network(
+        options.checkpoint,
+        data_root=options.data_root,
+        target=options.target,
+        target_folder=options.target_folder,
+        classes=options.classes,
+        target_size=options.target_size,
+        network=options.network,
+        aspp=options.aspp,
+    )
+    if s.data_root is None:
+        raise UserError("The checkpoint does not say where its data are: give --data-root.")
+    network.to(device).eval()
+    dataset = datasets.open_dataset(
+        s.target,
+        s.data_root / s.target_folder,
+        options.split,
+        classes=s.classes,
+        size=s.target_size,
+        normalize=options.normalize,
+        full_labels=True,
+    )
+    # One by one, because label files of one data set may differ in size.
+    loader = DataLoader(dataset, batch_size=1, num_workers=options.workers)
+    height, width = s.target_size
+    columns = {}
+    with report.progress_bar(console) as progress:
+        for name, size in ((f"{width}x{height}", s.target_size), ("full resolution", None)):
+            task = progress.add_task(name, total=len(dataset), note="")
+            columns[name] = evaluate(
+                network,
+                loader,
+                dataset.space,
+                size=size,
+                flip=options.flip,
+                device=device,
+                on_progress=lambda images, task=task: progress.advance(task, images),
+            )
+    # What blind guessing of equally frequent classes can reach at most.
+    if all(scores.miou < 100 / len(dataset.space) for scores in columns.values()):
+        console.print(
+            "This is no better than chance. Does the checkpoint expect another preprocessing "
+            "(--normalize), other classes (--classes) or other heads (--aspp)?"
+        )
+    console.print(report.scores_table(columns, f"{options.checkpoint} on {options.split}"))
+    for name, scores in columns.items():
+        console.print(
+            f"{name}: pixel accuracy {scores.pixel_accuracy:.1f}, mean accuracy "
+            f"{scores.mean_accuracy:.1f}, mean precision {scores.mean_precision:.1f}"
+        )
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with report.progress_bar(console) as progress:
+            task = progress.add_task("writing predictions", total=len(dataset), note="")
+            for image, labels, name in loader:
+                classes = predict(network, image.to(device), labels.shape[-2:], flip=options.flip)
+                picture = plots.colorize(classes[0].argmax(dim=0).cpu(), dataset.space)
+                Image.fromarray(picture).save(options.out / f"{name[0]}.png")
+                progress.advance(task)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""From settings to what is trained on and what is trained: scenes, data sets, batches, network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader, Subset
+
+from uda import checkpoint, datasets, deeplab, scenes
+from uda.datasets import Sample, SegmentationDataset
+from uda.errors import UserError
+from uda.outputs import from_json
+from uda.presets import Settings
+from uda.report import data_table, progress_bar
+
+# The rendered scenes do not depend on --seed: runs with different seeds share one data set.
+SCENES_SEED = 0
+
+
+def render_scenes(s: Settings, console: Console) -> None:
+    """Draw the demo's data sets into the data root, as far as they are not there yet."""
+    with progress_bar(console) as progress:
+        task = progress.add_task("rendering scenes", total=None, note="")
+        scenes.render(
+            s.data_root,
+            seed=SCENES_SEED,
+            train=s.scenes,
+            val=max(s.scenes // 4, 1),
+            size=s.target_size,
+            source_size=s.source_size,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def open_data(
+    s: Settings,
+) -> tuple[SegmentationDataset, SegmentationDataset, SegmentationDataset]:
+    """Source with labels, target without, and the target's validation images with labels."""
+    training = {
+        "classes": s.classes,
+        "augment": None if s.augment == "none" else s.augment,
+        "seed": s.seed,
+    }
+    source_root, target_root = s.data_root / s.source_folder, s.data_root / s.target_folder
+    source = datasets.open_dataset(s.source, source_root, "train", size=s.source_size, **training)
+    target = datasets.open_dataset(
+        s.target, target_root, "train", size=s.target_size, labels=False, **training
+    )
+    validation = datasets.open_dataset(
+        s.target, target_root, "val", size=s.target_size, classes=s.classes
+    )
+    for dataset, folder in ((source, source_root), (target, target_root)):
+        if len(dataset) < s.batch_size:
+            raise UserError(
+                f"{folder} holds {len(dataset)} training images, fewer than --batch-size "
+                f"{s.batch_size}: choose a smaller batch."
+            )
+    return source, target, validation
+
+
+def batches(
+    dataset: SegmentationDataset,
+    s: Settings,
+    first: int,
+    last: int,
+    *,
+    stream: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Sample]:
+    """Batches number `first` to `last` - 1 of an endless shuffled pass over a data set.
+
+    A batch depends on the seed, the stream and its number alone, so that a resumed run goes on
+    with the data of an uninterrupted one. Each of `world` processes receives its share of it.
+    """
+    per_epoch = len(dataset) // s.batch_size
+    while first < last:
+        epoch, position = divmod(first, per_epoch)
+        order = np.random.default_rng([s.seed, stream, epoch]).permutation(len(dataset))
+        epoch_batches = order[: per_epoch * s.batch_size].reshape(per_epoch, s.batch_size)
+        chosen = epoch_batches[position : position + last - first, rank::world]
+        dataset.set_epoch(epoch)
+        yield from _loader(dataset, s, batch_sampler=chosen.tolist())
+        first += len(chosen)
+
+
+def validation_loader(
+    dataset: SegmentationDataset, s: Settings, *, rank: int = 0, world: int = 1
+) -> DataLoader[Sample]:
+    """This process's share of the validation images."""
+    share = Subset(dataset, range(rank, len(dataset), world))
+    return _loader(share, s, batch_size=max(s.batch_size // world, 1))
+
+
+def _loader(
+    dataset: torch.utils.data.Dataset[Sample], s: Settings, **how: Any
+) -> DataLoader[Sample]:
+    return DataLoader(
+        dataset,
+        num_workers=s.workers,
+        pin_memory=s.device != "cpu" and torch.cuda.is_available(),
+        generator=torch.Generator(),  # leaves the global random state alone
+        **how,
+    )
+
+
+def build_network(s: Settings) -> deeplab.DeepLabV2:
+    """The network of a run, with random weights."""
+    make = deeplab.deeplab_small if s.network == "small" else deeplab.deeplab_resnet101
+    return make(s.classes, aspp=s.aspp, freeze_bn=s.freeze_bn)
+
+
+def load_network(path: Path, **changes: Any) -> tuple[deeplab.DeepLabV2, Settings]:
+    """The network of a checkpoint and the settings of its run.
+
+    A checkpoint of the published code holds no settings: it gets the defaults. `changes` that are
+    not None replace settings.
+    """
+    settings = checkpoint.read(path).get("settings")
+    s = from_json(settings) if settings else Settings()
+    s = replace(s, **{name: value for name, value in changes.items() if value is not None})
+    network = build_network(s)
+    if not deeplab.load_weights(network, path):
+        raise UserError(f"{path} holds no classifier, only a backbone: give a trained checkpoint.")
+    return network, s
+
+
+def check_data(s: Settings, console: Console) -> None:
+    """Read every file of the source and of the labelled target, and print what is there."""
+    if s.data_root is None:
+        raise UserError("--check-data needs the folder of the data sets: give it as --data-root.")
+    parts = ((s.source, s.source_folder, "train"), (s.target, s.target_folder, "val"))
+    found = []
+    with progress_bar(console) as progress:
+        for kind, folder, split in parts:
+            dataset = datasets.open_dataset(
+                kind, s.data_root / folder, split, classes=s.classes, allow_missing=True
+            )
+            task = progress.add_task(f"{folder} {split}", total=len(dataset), note="")
+            found.append(
+                datasets.check_data(
+                    dataset, lambda done, _, task=task: progress.update(task, completed=done)
+                )
+            )
+    for (_, folder, split), result in zip(parts, found, strict=True):
+        console.print(data_table(result, f"{folder} {split}"))
+    if not all(result.usable for result in found):
+        raise UserError(f"{s.data_root} has unusable files: repair those listed above.")

@@ -1,0 +1,237 @@
+"""Every setting of the adaptation script, and the published experiments as rows of such settings.
+
+`Settings` is the only place where a default lives: the command line is generated from it, a preset
+is an instance of it, and a run writes it beside its results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from uda.adaptation import BackboneUpdates
+from uda.datasets import Kind
+from uda.deeplab import Aspp
+from uda.errors import UserError
+
+Method = Literal[
+    "source", "entropy", "maxsquare", "maxsquare-iw", "maxsquare-iw-multi", "pseudo-label", "all"
+]
+# What "all" runs.
+COMPARED = tuple(method for method in get_args(Method) if method != "all")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Adapt a segmentation network to images that nobody has labelled.
+
+    A network is trained on labelled source images, then adapted to unlabelled target images, and
+    evaluated on held-out target images after either stage. Without arguments: the demo, on street
+    scenes rendered for the occasion.
+    """
+
+    preset: str = "demo"
+    """Row of settings to start from (--list-presets shows them); other options override it."""
+    method: Method = "maxsquare-iw-multi"
+    """Target loss of the second stage. "source" continues on the source alone (the control);
+    "all" runs every method from one source model and compares them."""
+    seed: int = 0
+    """Seed of the initial weights, the data order and the augmentation."""
+    out: Path | None = None
+    """Folder for everything the run writes, new or empty; default: a new one under runs/."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint (give its other options again)."""
+    init: Path | None = None
+    """Weights to start from: a checkpoint of this script, of the published code, or torchvision's
+    ResNet-101. With --source-steps 0 these are the source model that is adapted."""
+    list_presets: bool = False
+    """Print the presets with their settings and published results, then stop."""
+    check_data: bool = False
+    """Walk the data sets, report counts, missing pairs and class frequencies, then stop."""
+
+    data_root: Path | None = None
+    """Folder that holds the data sets; for rendered scenes, the folder that keeps them (default:
+    data/ in --out)."""
+    source: Kind = "gta5"
+    """Layout of the labelled source data set."""
+    source_folder: str = "GTA5"
+    """Folder of the source data set under --data-root."""
+    target: Kind = "cityscapes"
+    """Layout of the target data set; its training labels are never opened."""
+    target_folder: str = "Cityscapes"
+    """Folder of the target data set under --data-root."""
+    classes: Literal[19, 16, 13] = 19
+    """Label space."""
+    source_size: tuple[int, int] = (720, 1280)
+    """Height and width at which the network sees source images."""
+    target_size: tuple[int, int] = (512, 1024)
+    """Height and width at which the network sees target images."""
+    augment: Literal["none", "flip", "published"] = "published"
+    """Random changes of the training images: none, a flip, or a flip and a blur."""
+    scenes: int = 0
+    """Draw this many training images per domain, and a quarter as many for validation, into
+    --data-root unless they are there; 0: use the data sets that are there."""
+
+    network: Literal["small", "resnet101"] = "resnet101"
+    """DeepLabv2 on the published ResNet-101, or a small one that trains from scratch on a CPU."""
+    aspp: Aspp = "published"
+    """Dilations of the classifier heads: 6 and 12 as the published code, or 6, 12, 18 and 24."""
+    freeze_bn: bool = False
+    """Keep BatchNorm on its running statistics while training."""
+
+    source_steps: int = 0
+    """Optimiser steps of the source stage; 0 starts from the model given by --init."""
+    source_horizon: int = 200_000
+    """Step at which the source stage's learning rate would reach zero."""
+    source_lr: float = 2.5e-4
+    """Learning rate of the source stage; the heads learn at ten times this rate."""
+    steps: int = 29_750
+    """Optimiser steps of the adaptation, at whose end the learning rate reaches zero; 0: none."""
+    lr: float = 2.5e-4
+    """Learning rate of the adaptation; the heads learn at ten times this rate."""
+    batch_size: int = 1
+    """Images of each domain per step, over all processes."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 5e-4
+    """Weight decay of SGD."""
+    backbone_updates: BackboneUpdates = "published"
+    """The published optimiser lists backbone tensors three or four times and so updates them as
+    often in each step; "once" updates them once."""
+
+    target_weight: float = 0.1
+    """Weight of the target loss, for scale="reference"."""
+    low_weight: float = 0.1
+    """Weight of the low-level head's cross entropy on the source, in the source stage and in
+    multi-level methods."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; "auto" takes a GPU if there is one."""
+    processes: int = 1
+    """Processes that share each batch, one GPU each (or CPU processes)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network; weights and losses stay in fp32."""
+    channels_last: bool = False
+    """Keep images and features channels-last in memory, which is quicker on GPUs."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    workers: int = 2
+    """Processes that load images; 0 loads them in the training process."""
+
+    log_every: int = 10
+    """Steps between two entries of the TensorBoard log."""
+    save_every: int = 500
+    """Steps between two checkpoints."""
+    evaluate_every: int = 2_975
+    """Steps between two evaluations during the adaptation, from which best.pt is chosen."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "source_size target_size source_horizon source_lr lr batch_size processes log_every "
+            "save_every evaluate_every"
+        )
+        for name in positive.split():
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,)) <= 0:
+                raise UserError(f"{option(name)} must be positive, not {value}.")
+        not_negative = (
+            "seed scenes source_steps steps momentum weight_decay target_weight low_weight workers"
+        )
+        for name in not_negative.split():
+            if getattr(self, name) < 0:
+                raise UserError(f"{option(name)} must not be negative, not {getattr(self, name)}.")
+        if self.batch_size % self.processes:
+            raise UserError(
+                f"--batch-size {self.batch_size} does not divide among --processes "
+                f"{self.processes}: make it a multiple."
+            )
+        if self.source_horizon < self.source_steps:
+            raise UserError(
+                f"--source-horizon {self.source_horizon} ends before --source-steps "
+                f"{self.source_steps}: make it at least as large."
+            )
+
+
+def option(name: str) -> str:
+    """The command line's name of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings, the target mIoU published for them in percent, and what the source leaves open."""
+
+    settings: Settings
+    published: str = "-"
+    note: str = ""
+
+
+_GTA5 = Settings()
+_SYNTHIA = Settings(source="synthia", source_folder="SYNTHIA", source_size=(760, 1280), classes=16)
+_CROSS_CITY = Settings(
+    source="cityscapes",
+    source_folder="Cityscapes",
+    source_size=(512, 1024),
+    target="cross-city",
+    classes=13,
+)
+_SOURCE = {"method": "source", "source_steps": 80_000, "steps": 0}
+_MULTI = {"method": "maxsquare-iw-multi", "target_size": (640, 1280), "target_weight": 0.09}
+_DEMO = Settings(
+    source_size=(180, 320),
+    target_size=(160, 320),
+    scenes=400,
+    network="small",
+    source_steps=800,
+    source_horizon=800,
+    source_lr=1e-2,
+    steps=250,
+    lr=2.5e-3,
+    batch_size=4,
+    backbone_updates="once",
+    channels_last=True,
+    save_every=100,
+    evaluate_every=125,
+)
+_CITIES = {
+    # city: source only, maximum squares, image-wise maximum squares
+    "rome": ("51.0", "53.9", "54.5"),
+    "rio": ("48.9", "52.0", "53.3"),
+    "tokyo": ("47.8", "49.7", "50.5"),
+    "taipei": ("46.3", "49.8", "50.6"),
+}
+
+
+def _row(base: Settings, published: str = "-", note: str = "", **changes: object) -> Preset:
+    return Preset(dataclasses.replace(base, **changes), published, note)  # type: ignore[arg-type]
+
+
+_ROWS = {
+    "demo": _row(_DEMO, note="rendered scenes, on a CPU"),
+    "gta5-cityscapes/source": _row(_GTA5, "36.9", **_SOURCE),
+    "gta5-cityscapes/entropy": _row(_GTA5, "42.2", "weight not published", method="entropy"),
+    "gta5-cityscapes/maxsquare": _row(_GTA5, "44.3", method="maxsquare"),
+    "gta5-cityscapes/maxsquare-iw": _row(_GTA5, "45.2", method="maxsquare-iw"),
+    "gta5-cityscapes/maxsquare-iw-multi": _row(_GTA5, "46.4", **_MULTI),
+    "synthia-cityscapes/source": _row(_SYNTHIA, note="steps as GTA5", **_SOURCE),
+    "synthia-cityscapes/maxsquare-iw-multi": _row(
+        _SYNTHIA,
+        "41.4 / 48.2",
+        "16 / 13 classes; weights as GTA5",
+        **(_MULTI | {"target_size": (512, 1024)}),
+    ),
+}
+for _city, (_source, _plain, _image_wise) in _CITIES.items():
+    _base = dataclasses.replace(_CROSS_CITY, target_folder=f"NTHU/{_city.title()}")
+    _ROWS |= {
+        f"cityscapes-{_city}/source": _row(_base, _source, "steps as GTA5", **_SOURCE),
+        f"cityscapes-{_city}/maxsquare": _row(_base, _plain, method="maxsquare"),
+        f"cityscapes-{_city}/maxsquare-iw": _row(_base, _image_wise, method="maxsquare-iw"),
+    }
+
+PRESETS = {
+    name: dataclasses.replace(row, settings=dataclasses.replace(row.settings, preset=name))
+    for name, row in _ROWS.items()
+}

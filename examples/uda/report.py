@@ -1,0 +1,137 @@
+"""What a run tells its user on the screen: progress bars, tables, errors."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import maxsquare
+from uda.datasets import LABEL_SPACES, DataReport
+from uda.evaluation import Scores
+from uda.presets import Preset
+
+LIBRARIES = ("torch", "torchvision", "lightning-fabric")
+
+
+class RateColumn(TextColumn):
+    """Finished units per second."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Any) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "-/s", style="cyan")
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with count, rate and remaining time; a task's `note` field stands at its end."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=8),
+        MofNCompleteColumn(),
+        RateColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def entry(scores: Scores) -> dict[str, Any]:
+    """Scores as metrics.json holds them, in percent."""
+    values: dict[str, Any] = {"miou": scores.miou, "per_class": scores.per_class}
+    if len(scores.names) == 16:
+        values["miou_13"] = thirteen(scores).miou
+    return values
+
+
+def thirteen(scores: Scores) -> Scores:
+    """SYNTHIA's 16-class predictions scored over the 13 classes that many papers report."""
+    ids = [c for c, name in enumerate(scores.names) if name in LABEL_SPACES[13].names]
+    return scores.subset(ids)
+
+
+def scores_table(columns: Mapping[str, Scores], title: str) -> Table:
+    """One row per class and one for the mean, one column for each entry."""
+    table = Table("IoU (%)", title=title)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name in next(iter(columns.values())).per_class:
+        table.add_row(name, *(_percent(scores.per_class[name]) for scores in columns.values()))
+    table.add_section()
+    table.add_row("mIoU", *(_percent(scores.miou) for scores in columns.values()), style="bold")
+    if all(len(scores.names) == 16 for scores in columns.values()):
+        means = (_percent(thirteen(scores).miou) for scores in columns.values())
+        table.add_row("mIoU, 13 classes", *means)
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def presets_table(presets: Mapping[str, Preset]) -> Table:
+    """Every preset with the settings that tell the experiments apart."""
+    table = Table(box=SIMPLE)
+    for column in ("preset", "published", "sizes", "steps", "lr", "weight"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("note")
+    for name, preset in presets.items():
+        s = preset.settings
+        sizes = (f"{width}x{height}" for height, width in (s.source_size, s.target_size))
+        table.add_row(
+            name,
+            preset.published,
+            " > ".join(sizes),
+            f"{s.source_steps} + {s.steps}",
+            f"{s.lr if s.steps else s.source_lr:g}",
+            f"{s.target_weight:g}" if s.steps else "-",
+            preset.note,
+        )
+    return table
+
+
+def data_table(report: DataReport, title: str) -> Table:
+    """What `check_data` found in one data set."""
+    table = Table("", "", title=title, show_header=False)
+    table.add_row("images", str(report.images))
+    sizes = ", ".join(f"{n} of {w}x{h}" for (h, w), n in report.sizes.most_common(5))
+    table.add_row("sizes", sizes)
+    table.add_row("without label", _first(report.missing))
+    table.add_row("unreadable", _first(report.unreadable))
+    table.add_row("label of another size", _first([row[0] for row in report.odd_sizes]))
+    table.add_section()
+    for name, share in report.frequencies.items():
+        table.add_row(name, f"{100 * share:.3f}%")
+    return table
+
+
+def _first(items: list[Any]) -> str:
+    return f"{len(items)}, the first: {items[0]}" if items else "0"
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries that a result depends on."""
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), "maxsquare": maxsquare.__version__, **found}
+
+
+def sentence(error: Exception) -> str:
+    """An error in one sentence."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}."
+    # An error in a loader process arrives behind that process's traceback.
+    return str(error).strip().splitlines()[-1].removeprefix("uda.errors.UserError: ")
+
+
+def losses(values: Mapping[str, float]) -> str:
+    """The final head's losses that take part, short enough for a progress bar."""
+    shown = {name: values[name] for name in ("source", "target") if values[name]}
+    return " ".join(f"{name} {value:.3g}" for name, value in shown.items())

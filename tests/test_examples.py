@@ -1,0 +1,606 @@
+"""The scripts under examples/ as a user runs them: results, resuming, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import minimal_loop
+import test_time_adaptation
+import train_uda
+from uda import checkpoint, loading, outputs, scenes
+from uda.errors import UserError
+from uda.presets import COMPARED, PRESETS, Settings
+
+EXAMPLES = Path(train_uda.__file__).parent
+SIZE = (32, 64)
+SCENES = 4
+# The demo, only much smaller.
+TINY = (
+    f"--scenes {SCENES} --source-size {SIZE[0]} {SIZE[1]} --target-size {SIZE[0]} {SIZE[1]} "
+    "--source-steps 4 --source-horizon 4 --steps 3 --batch-size 2 --workers 0 --device cpu "
+    "--log-every 1 --save-every 2 --evaluate-every 2"
+).split()
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scenes")
+    scenes.render(root, seed=loading.SCENES_SEED, train=SCENES, val=1, size=SIZE, source_size=SIZE)
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Path:
+    """The folder of an uninterrupted tiny run."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(out, data_root) == 0
+    return out
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, data_root: Path) -> Path:
+    """Rendered data that a test may damage."""
+    return Path(shutil.copytree(data_root, tmp_path / "data"))
+
+
+def train(out: Path, data_root: Path, *options: str) -> int:
+    return train_uda.main([*TINY, "--out", str(out), "--data-root", str(data_root), *options])
+
+
+def run_script(out: Path, *options: str) -> subprocess.Popen[bytes]:
+    """A tiny run in a process of its own."""
+    command = [sys.executable, str(EXAMPLES / "train_uda.py"), *TINY, "--out", str(out), *options]
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(command, env=paths, stdout=subprocess.DEVNULL)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def only_sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    """What a failed script said: one line, one sentence, no traceback."""
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+def same(a: object, b: object) -> bool:
+    """Bitwise equality of nested checkpoints."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def trained(path: Path) -> dict[str, Any]:
+    """A checkpoint without what may differ between equal runs: clock, folder."""
+    state = checkpoint.load(path)
+    del state["seconds"], state["settings"]
+    return state
+
+
+def gradient(state: dict[str, Any]) -> torch.Tensor:
+    """The momentum of all weights, which after one step is their gradient."""
+    moments = state["optimizer"]["state"].values()
+    return torch.cat([moment["momentum_buffer"].flatten() for moment in moments])
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# Results
+
+
+def test_main_job_writes_its_results(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for stage in ("source_only", "adapted"):
+        per_class = metrics[stage]["per_class"]
+        assert len(per_class) == 19
+        present = [iou for iou in per_class.values() if iou is not None]
+        assert all(0 <= iou <= 100 for iou in present)
+        assert metrics[stage]["miou"] == pytest.approx(sum(present) / len(present))
+    assert metrics["adapted"]["best"]["miou"] >= metrics["adapted"]["miou"]
+    assert metrics["seconds"].keys() == {"source-only", "maxsquare-iw-multi"}
+    assert metrics["settings"]["steps"] == 3
+    assert torch.__version__.startswith(metrics["versions"]["torch"])
+    with Image.open(finished / "panel.png") as panel:
+        assert panel.width > 4 * SIZE[1]
+    for name in ("last.pt", "best.pt", "source-only/last.pt"):
+        assert checkpoint.load(finished / name)["network"] == "small"
+    assert list(finished.glob("events.out.tfevents.*"))
+
+
+def test_all_methods_start_from_one_source_model(
+    tmp_path: Path, data_root: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "all", data_root, "--method", "all") == 0
+    metrics = json.loads((tmp_path / "all" / "metrics.json").read_text())
+    alone = json.loads((finished / "metrics.json").read_text())
+    assert tuple(metrics["methods"]) == COMPARED
+    assert metrics["source_only"] == alone["source_only"]
+    assert metrics["methods"]["maxsquare-iw-multi"] == alone["adapted"] == metrics["adapted"]
+    models = {method: trained(tmp_path / "all" / method / "last.pt") for method in COMPARED}
+    assert same(models["maxsquare-iw-multi"], trained(finished / "last.pt"))
+    assert not same(models["maxsquare"]["model"], models["source"]["model"])
+    assert "mIoU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"), [(["--precision", "bf16"], 0.3), (["--channels-last"], 0.03)]
+)
+def test_faster_arithmetic_stays_close(
+    options: list[str], tolerance: float, tmp_path: Path, data_root: Path
+) -> None:
+    steps = ["--source-steps", "1", "--steps", "0"]
+    for name, extra in (("plain", []), ("fast", options)):
+        assert train(tmp_path / name, data_root, *steps, *extra) == 0
+    plain, fast = (
+        checkpoint.load(tmp_path / name / "source-only" / "last.pt") for name in ("plain", "fast")
+    )
+    assert {weight.dtype for weight in fast["model"].values()} == {torch.float32, torch.int64}
+    assert not torch.equal(gradient(fast), gradient(plain))
+    assert distance(gradient(fast), gradient(plain)) < tolerance
+
+
+def test_seed_changes_the_run(tmp_path: Path, data_root: Path, finished: Path) -> None:
+    assert train(tmp_path / "seed", data_root, "--seed", "1", "--steps", "0") == 0
+    first, second = (trained(out / "source-only/last.pt") for out in (finished, tmp_path / "seed"))
+    assert not same(first["model"], second["model"])
+
+
+def test_adaptation_of_a_given_source_model_equals_the_whole_run(
+    tmp_path: Path, data_root: Path, finished: Path
+) -> None:
+    source = finished / "source-only" / "last.pt"
+    # --source-steps 0 would read the source from its start; one epoch on is where the run stopped.
+    assert train(tmp_path / "two", data_root, "--init", str(source), "--source-steps", "0") == 0
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    whole = json.loads((finished / "metrics.json").read_text())
+    assert metrics["source_only"] == whole["source_only"]
+
+
+def test_default_folder_is_new_each_time(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = outputs.run_folder(PRESETS["demo"].settings)
+    first.mkdir(parents=True)
+    assert outputs.run_folder(PRESETS["demo"].settings) not in (first, Path("runs"))
+
+
+def test_every_published_row_is_a_preset() -> None:
+    published = {preset.published for preset in PRESETS.values()} - {"-"}
+    assert published >= {"36.9", "42.2", "44.3", "45.2", "46.4", "41.4 / 48.2", "51.0", "50.6"}
+    for name, preset in PRESETS.items():
+        assert preset.settings.preset == name
+        assert preset.settings.method in COMPARED
+
+
+def test_list_presets_prints_published_results(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_uda.main(["--list-presets"]) == 0
+    out = capsys.readouterr().out
+    for name in PRESETS:
+        assert name in out
+    assert "46.4" in out
+
+
+def test_check_data_reports_counts(own_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_uda.main([*TINY, "--data-root", str(own_data), "--check-data"]) == 0
+    assert f"{SCENES} of {SIZE[1]}x{SIZE[0]}" in capsys.readouterr().out
+    (own_data / "GTA5" / "labels" / "00001.png").unlink()
+    assert train_uda.main([*TINY, "--data-root", str(own_data), "--check-data"]) == 2
+    assert str(own_data) in only_sentence(capsys)
+
+
+def test_options_override_the_preset() -> None:
+    preset = PRESETS["gta5-cityscapes/maxsquare-iw-multi"].settings
+    settings = train_uda.parse(["--preset", preset.preset, "--lr", "0.5"])
+    assert (settings.lr, settings.target_weight) == (0.5, preset.target_weight)
+
+
+def test_settings_survive_json() -> None:
+    for preset in PRESETS.values():
+        assert outputs.from_json(outputs.as_json(preset.settings)) == preset.settings
+
+
+# Data order
+
+
+def test_batches_depend_on_their_number_alone(data_root: Path) -> None:
+    settings = train_uda.parse([*TINY, "--data-root", str(data_root)])
+    source = loading.open_data(settings)[0]
+    whole = list(loading.batches(source, settings, 0, 5, stream=0))
+    rest = list(loading.batches(source, settings, 3, 5, stream=0))
+    assert [batch.name for batch in whole[3:]] == [batch.name for batch in rest]
+    assert all(torch.equal(a.image, b.image) for a, b in zip(whole[3:], rest, strict=True))
+    assert whole[0].name != whole[2].name
+
+
+def test_processes_share_each_batch(data_root: Path) -> None:
+    settings = train_uda.parse([*TINY, "--data-root", str(data_root)])
+    source = loading.open_data(settings)[0]
+    whole = list(loading.batches(source, settings, 0, 3, stream=0))
+    shares = [
+        list(loading.batches(source, settings, 0, 3, stream=0, rank=r, world=2)) for r in (0, 1)
+    ]
+    for batch, first, second in zip(whole, *shares, strict=True):
+        assert list(batch.name) == [*first.name, *second.name]
+
+
+def test_two_processes_train_as_one(own_data: Path, tmp_path: Path) -> None:
+    """Half of the batch each and frozen BatchNorm give the weights of one process."""
+    for path in (own_data / "GTA5" / "labels").iterdir():
+        # A mean over pixels is the mean of its halves only if both count as many pixels.
+        Image.new("L", (SIZE[1], SIZE[0]), 7).save(path)
+    options = ["--scenes", "0", "--freeze-bn", "--method", "maxsquare-iw", "--source-steps", "1",
+               "--steps", "1"]  # fmt: skip
+    assert train(tmp_path / "one", own_data, *options) == 0
+    process = run_script(
+        tmp_path / "two", "--data-root", str(own_data), *options, "--processes", "2"
+    )
+    assert process.wait(timeout=120) == 0
+    one, two = (checkpoint.load(tmp_path / name / "last.pt") for name in ("one", "two"))
+    # Rounding switches some ReLUs of the untrained network: in float64 it is exact.
+    assert distance(gradient(two), gradient(one)) < 0.03
+    assert two["confusion"].sum() == one["confusion"].sum()
+
+
+# Resuming
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing in the scripts handles it."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:
+    """Let the run die when `owner.name` is called for the `call`-th time."""
+    original: Callable[..., object] = getattr(owner, name)
+    calls = 0
+
+    def dying(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+MOMENTS = {
+    "before the first checkpoint": (train_uda.adaptation, "source_step", 1),
+    "in the source stage": (train_uda.adaptation, "source_step", 4),
+    "in an evaluation": (train_uda, "evaluate", 1),
+    "between the stages": (train_uda.adaptation, "adaptation_step", 1),
+    "in the adaptation": (train_uda.adaptation, "adaptation_step", 3),
+    "while a checkpoint is written": (checkpoint.os, "fsync", 3),
+    "between best and last": (checkpoint.os, "replace", 7),
+    "before the report": (train_uda, "write_results", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_run_is_bit_identical(
+    moment: str,
+    tmp_path: Path,
+    data_root: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, *MOMENTS[moment])
+        train(tmp_path / "run", data_root)
+    assert train(tmp_path / "run", data_root, "--resume") == 0
+    for name in ("source-only/last.pt", "last.pt", "best.pt"):
+        assert same(trained(tmp_path / "run" / name), trained(finished / name)), name
+    resumed, whole = (
+        json.loads((out / "metrics.json").read_text()) for out in (tmp_path / "run", finished)
+    )
+    assert resumed["adapted"] == whole["adapted"]
+    assert resumed["source_only"] == whole["source_only"]
+
+
+def test_run_killed_by_the_system_can_be_resumed(tmp_path: Path, finished: Path) -> None:
+    """The whole script as a process, which renders its own scenes, killed at its first save."""
+    out = tmp_path / "run"
+    process = run_script(out)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "source-only" / "last.pt").exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert train_uda.main([*TINY, "--out", str(out), "--resume"]) == 0
+    assert same(trained(out / "last.pt"), trained(finished / "last.pt"))
+
+
+def test_resume_of_a_finished_run_changes_no_result(
+    tmp_path: Path, data_root: Path, finished: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    assert train(run, data_root, "--resume") == 0
+    assert (run / "last.pt").read_bytes() == (finished / "last.pt").read_bytes()
+
+
+def test_resume_refuses_other_settings(
+    data_root: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(finished)
+    assert train(finished, data_root, "--resume", "--lr", "0.5") == 2
+    assert "--lr" in only_sentence(capsys)
+    assert files(finished) == before
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--preset", "nonsense"], "--preset nonsense"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--source-size", "0", "4"], "--source-size"),
+        (["--seed", "-1"], "--seed"),
+        (["--batch-size", "3", "--processes", "2"], "--processes"),
+        (["--batch-size", "5"], "--batch-size 5"),
+        (["--source-steps", "0"], "--init"),
+        (["--source-steps", "9"], "--source-horizon"),
+        (["--init", "missing.pt"], "missing.pt"),
+        (["--scenes", "0", "--data-root", "missing"], "missing"),
+        (["--scenes", "0", "--target-folder", "missing"], "missing"),
+        (["--resume"], "--out"),
+        (["--resume", "--out", "missing"], "missing"),
+        (["--check-data"], "--data-root"),
+        (["--check-data", "--data-root", "missing"], "missing"),
+    ],
+)
+def test_bad_option_is_refused_in_one_sentence(
+    options: list[str],
+    named: str,
+    tmp_path: Path,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [] if "--check-data" in options else ["--data-root", str(data_root)]
+    assert train_uda.main([*TINY, *given, *options]) == 2
+    assert named in only_sentence(capsys)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("options", [["--method", "nonsense"], ["--nonsense"], ["--lr", "fast"]])
+def test_unparsable_command_line_is_refused(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        train_uda.main(options)
+    assert exit_info.value.code == 2
+    assert options[0] in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_without_gpu_is_refused(
+    tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert train(tmp_path / "run", data_root, "--device", "cuda") == 2
+    assert "--device cuda" in only_sentence(capsys)
+
+
+def test_occupied_folder_is_refused_and_untouched(
+    tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("ten years of work")
+    before = files(tmp_path)
+    for options in ([], ["--resume"]):
+        assert train(tmp_path, data_root, *options) == 2
+        assert str(tmp_path) in only_sentence(capsys)
+    assert train(tmp_path / "thesis.tex", data_root) == 2
+    assert "thesis.tex" in only_sentence(capsys)
+    assert files(tmp_path) == before
+
+
+def test_foreign_data_root_is_refused_and_untouched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data" / "GTA5" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "GTA5" / "images" / "00001.png").write_bytes(b"the real one")
+    before = files(tmp_path / "data")
+    assert train(tmp_path / "run", tmp_path / "data") == 2
+    assert "GTA5" in only_sentence(capsys)
+    assert files(tmp_path / "data") == before
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def relabel(path: Path) -> None:
+    Image.new("L", (SIZE[1], SIZE[0]), 77).save(path)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("damage", [truncate, relabel, Path.unlink])
+def test_damaged_label_is_named(
+    damage: Callable[[Path], None],
+    workers: str,
+    own_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for path in (own_data / "GTA5" / "labels").iterdir():
+        damage(path)
+    assert train(tmp_path / "run", own_data, "--scenes", "0", "--workers", workers) == 2
+    assert "GTA5/labels/" in only_sentence(capsys).replace(os.sep, "/")
+
+
+def test_truncated_target_image_is_named(
+    own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (own_data / "Cityscapes" / "leftImg8bit" / "train").rglob("*.png"):
+        truncate(path)
+    assert train(tmp_path / "run", own_data) == 2
+    assert "leftImg8bit" in only_sentence(capsys)
+
+
+def test_target_training_labels_are_never_opened(
+    own_data: Path, tmp_path: Path, finished: Path
+) -> None:
+    shutil.rmtree(own_data / "Cityscapes" / "gtFine" / "train")
+    assert train(tmp_path / "run", own_data, "--scenes", "0") == 0
+    assert same(trained(tmp_path / "run" / "last.pt"), trained(finished / "last.pt"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--network", "resnet101", "--source-steps", "0"],
+        ["--classes", "16", "--source-steps", "0"],
+    ],
+)
+def test_unfitting_init_is_refused(
+    options: list[str],
+    tmp_path: Path,
+    data_root: Path,
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    init = finished / "last.pt"
+    assert train(tmp_path / "run", data_root, "--init", str(init), *options) == 2
+    assert str(init) in only_sentence(capsys)
+
+
+def test_half_written_checkpoint_is_refused_and_kept(
+    tmp_path: Path, data_root: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    half = (run / "last.pt").read_bytes()[:1000]
+    (run / "last.pt").write_bytes(half)
+    assert train(run, data_root, "--resume") == 2
+    assert "last.pt" in only_sentence(capsys)
+    assert (run / "last.pt").read_bytes() == half
+
+
+def test_full_disk_keeps_the_last_checkpoint(
+    tmp_path: Path,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    full = OSError(28, "No space left on device", "last.pt")
+
+    def fsync(_: int) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 2:
+            raise full
+
+    saves = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "fsync", fsync)
+        assert train(tmp_path / "run", data_root) == 2
+    assert "No space left on device" in only_sentence(capsys)
+    assert checkpoint.load(tmp_path / "run" / "source-only" / "last.pt")["step"] == 2
+    assert train(tmp_path / "run", data_root, "--resume") == 0
+
+
+def test_diverging_run_stops_before_it_saves(
+    tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(out, data_root, "--source-lr", "1e30", "--save-every", "1") == 2
+    assert "--source-lr" in only_sentence(capsys)
+    # The loss is read before the update, so that the first one is finite, and no later one is.
+    assert checkpoint.load(out / "source-only" / "last.pt")["step"] == 1
+
+
+def test_bad_settings_raise() -> None:
+    with pytest.raises(UserError, match="--target-weight"):
+        Settings(target_weight=-1.0)
+
+
+# The other scripts
+
+
+def test_evaluate_repeats_the_score_of_the_run(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pictures"
+    assert evaluate.main([str(finished / "last.pt"), "--out", str(out), "--workers", "0"]) == 0
+    printed = capsys.readouterr().out
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert f"{metrics['adapted']['miou']:.1f}" in printed
+    (picture,) = out.glob("*.png")
+    with Image.open(picture) as image:
+        assert image.size == (SIZE[1], SIZE[0])
+    assert evaluate.main([str(finished / "last.pt"), "--out", str(out)]) == 2
+    assert str(out) in only_sentence(capsys)
+
+
+def test_evaluate_questions_a_score_near_chance(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = checkpoint.load(finished / "last.pt")
+    for name, weight in state["model"].items():
+        if name.startswith("layer6"):
+            # Every pixel becomes "train", which the scene does not show.
+            weight.zero_()
+            if name.endswith("bias"):
+                weight[16] = 1
+    checkpoint.save(tmp_path / "blind.pt", state)
+    assert evaluate.main([str(tmp_path / "blind.pt"), "--workers", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "preprocessing" in printed.partition("mIoU")[0]
+
+
+def test_evaluate_names_a_missing_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["missing.pt"]) == 2
+    assert "missing.pt" in only_sentence(capsys)
+
+
+def test_test_time_adaptation_runs(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert test_time_adaptation.main([str(finished / "source-only" / "last.pt")]) == 0
+    printed = capsys.readouterr().out
+    assert "adapting" in printed and "mIoU" in printed
+
+
+def test_minimal_loop_runs_and_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    minimal_loop.main()
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
+    text = Path(minimal_loop.__file__).read_text()
+    assert len(text.splitlines()) < 60
+    assert "uda" not in text.replace("train_uda.py", "")
