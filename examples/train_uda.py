@@ -156,7 +156,8 @@ def train(
     s, fabric = job.settings, job.fabric
     on_source = stage == SOURCE_ONLY
     lr, horizon = (s.source_lr, s.source_horizon) if on_source else (s.lr, s.steps)
-    target_loss = None if on_source else adaptation.METHODS[stage]
+    methods = adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight)
+    target_loss = None if on_source else methods[stage]
     folder.mkdir(parents=True, exist_ok=True)
 
     fabric.seed_everything(s.seed, verbose=False)
@@ -181,7 +182,6 @@ def train(
         expect = {name: state[name] for name in ("stage", "network", "classes")}
         state = checkpoint.load(folder / "last.pt", expect=expect)
         network.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
         checkpoint.restore_random_state(state["random"])
     elif start is not None:
         network.load_state_dict(start)
@@ -193,6 +193,8 @@ def train(
     if s.channels_last:
         network.to(memory_format=torch.channels_last)
     model, stepper = fabric.setup(torch.compile(network) if s.compile else network, optimizer)
+    if "optimizer" in state:  # momentum goes where the weights are, so only now
+        optimizer.load_state_dict(state["optimizer"])
     model.train()
     first, share = state["step"], {"rank": fabric.global_rank, "world": fabric.world_size}
     # The adaptation reads on in the source where the source stage stopped.

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import maxsquare
 from uda.adaptation import (
-    METHODS,
     RepeatedSGD,
     adaptation_step,
     methods,
@@ -186,6 +185,7 @@ def sgd(model: nn.Module, lr: float = 1e-2) -> RepeatedSGD:
     return RepeatedSGD(parameter_groups(model, lr), momentum=0.9, weight_decay=5e-4)
 
 
+METHODS = methods()
 MULTI = methods(threshold=0.0)["maxsquare-iw-multi"]
 
 

@@ -53,9 +53,6 @@ def methods(
     }
 
 
-METHODS = methods()
-
-
 class Losses(NamedTuple):
     """The terms of one step as they entered the objective, weights included; detached scalars."""
 

@@ -103,9 +103,13 @@ class Settings:
 
     target_weight: float = 0.1
     """Weight of the target loss, for scale="reference"."""
+    ratio: float = 0.2
+    """Exponent of the image-wise class weights, from 0 (none) to 1 (all classes weigh the same)."""
+    threshold: float = 0.95
+    """Confidence above which a prediction becomes a pseudo label or guides the low-level head."""
     low_weight: float = 0.1
-    """Weight of the low-level head's cross entropy on the source, in the source stage and in
-    multi-level methods."""
+    """Weight of the low-level head: of its source cross entropy, in the source stage and in
+    multi-level methods, and of its guidance within the target loss."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; "auto" takes a GPU if there is one."""
@@ -142,6 +146,9 @@ class Settings:
         for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise UserError(f"{option(name)} must not be negative, not {getattr(self, name)}.")
+        for name in ("ratio", "threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{option(name)} must be from 0 to 1, not {getattr(self, name)}.")
         if self.batch_size % self.processes:
             raise UserError(
                 f"--batch-size {self.batch_size} does not divide among --processes "
