@@ -372,9 +372,9 @@ def _tsallis_loss(
     z = _images(logits, binary)
     valid = None if valid is None else _image_maps(valid, logits, binary)
     image_wise = ratio is not None
-    problem = Problem(
-        Tsallis(q, from_logits), size, align_corners, binary, from_logits, by_class=image_wise
-    )
+    potential = Tsallis(q, normalised=from_logits)
+    shift += potential.shift
+    problem = Problem(potential, size, align_corners, binary, from_logits, by_class=image_wise)
     classes = 2 if binary else z.shape[1]
     if scale == "reference":
         factor *= published / classes

@@ -14,7 +14,8 @@ by a constant, and t_c = p_c L(p_c). Then g_c = -q L(p_c) + constant, and
 
 The shift is free, and saves digits: a = 1 / (q - 1) makes L a plain power, without a
 difference that flat predictions would lose; but near q = 1 it is huge, and a = 0 with
-expm1((q-1) log p) / (q - 1) is exact all the way to the logarithm at q = 1.
+expm1((q-1) log p) / (q - 1) is exact all the way to the logarithm at q = 1. The potential
+is S_q - a; whoever wants S_q adds a after the summing.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Tsallis(NamedTuple):
         return log_p if self.q == 1 else torch.expm1((self.q - 1) * log_p) / (self.q - 1)
 
     def value(self, p: Tensor, log_p: Tensor, y: Tensor | None = None) -> Tensor:
-        """(N, C, *) probabilities and their logarithms -> (N, *)."""
-        phi = self.shift - (p * self.shifted_log(p, log_p)).sum(1)
+        """phi = S_q - a: (N, C, *) probabilities and their logarithms -> (N, *)."""
+        phi = -(p * self.shifted_log(p, log_p)).sum(1)
         if self.normalised or self.shift or self.q == 1:
             return phi
         # With a = 0 the sum above takes 1 for the sum of the probabilities.

@@ -171,7 +171,7 @@ def _potential(
         if problem.from_logits:
             t = t * p if t is p else t.mul_(p)
             total = t.sum(1)
-            return a - total, t.addcmul_(p, total.unsqueeze(1), value=-1) if sloped else t, -q
+            return -total, t.addcmul_(p, total.unsqueeze(1), value=-1) if sloped else t, -q
         # (p L)' = L + p^(q-1), and p^(q-1) = (q - 1) (L - a) + 1.
         power = (q - 1) * t + (0 if a else 1)
         if not a:
