@@ -191,16 +191,18 @@ _DEMO = Settings(
     target_size=(160, 320),
     scenes=400,
     network="small",
-    source_steps=800,
-    source_horizon=800,
+    source_steps=600,
+    source_horizon=600,
     source_lr=1e-2,
-    steps=250,
+    steps=200,
     lr=2.5e-3,
     batch_size=4,
     backbone_updates="once",
     channels_last=True,
+    # Two cores are quicker left to the network than shared with loading processes.
+    workers=0,
     save_every=100,
-    evaluate_every=125,
+    evaluate_every=100,
 )
 _CITIES = {
     # city: source only, maximum squares, image-wise maximum squares
