@@ -65,7 +65,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
-        run(tyro.cli(Options, args=arguments), Console())
+        run(report.command_line(Options, arguments), Console())
     except (UserError, OSError) as error:
         print(f"error: {report.sentence(error)}", file=sys.stderr)
         return 2

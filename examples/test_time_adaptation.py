@@ -46,7 +46,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
-        options = tyro.cli(Options, args=arguments)
+        options = report.command_line(Options, arguments)
         network, s = load_network(options.checkpoint, data_root=options.data_root)
         if s.data_root is None:
             raise UserError("The checkpoint does not say where its data are: give --data-root.")

@@ -43,7 +43,7 @@ from uda.results import write_results
 
 SOURCE_ONLY = "source-only"
 # The list of presets is not squeezed into a narrower terminal.
-PRESETS_WIDTH = 130
+PRESETS_WIDTH = 150
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     chosen, _ = tyro.cli(Chosen, args=arguments, return_unknown_args=True, add_help=False)
     if chosen.preset not in PRESETS:
         raise UserError(f"There is no --preset {chosen.preset}: --list-presets shows all of them.")
-    return tyro.cli(Settings, args=arguments, default=PRESETS[chosen.preset].settings)
+    return report.command_line(Settings, arguments, default=PRESETS[chosen.preset].settings)
 
 
 def run(settings: Settings, console: Console) -> None:

@@ -38,6 +38,7 @@ def block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.param is not None:
         monkeypatch.setattr(blocks, "BLOCK_BYTES_PER_THREAD", request.param)
         monkeypatch.setattr(blocks, "COLUMNS_PER_BAND", min(request.param, 3))
+        monkeypatch.setattr(blocks, "ROWS_PER_STRIP", 2)
 
 
 def case(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
+import itertools
 import platform
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
+import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,9 +19,11 @@ from rich.text import Text
 
 import maxsquare
 from uda.datasets import LABEL_SPACES, DataReport
+from uda.errors import UserError
 from uda.evaluation import Scores
 from uda.presets import Preset
 
+T = TypeVar("T")
 LIBRARIES = ("torch", "torchvision", "lightning-fabric")
 
 
@@ -80,7 +86,8 @@ def _percent(value: float | None) -> str:
 def presets_table(presets: Mapping[str, Preset]) -> Table:
     """Every preset with the settings that tell the experiments apart."""
     table = Table(box=SIMPLE)
-    for column in ("preset", "published", "sizes", "steps", "lr", "weight"):
+    columns = ("preset", "published", "sizes", "steps", "lr", "weight", "ratio", "low, threshold")
+    for column in columns:
         table.add_column(column, no_wrap=True)
     table.add_column("note")
     for name, preset in presets.items():
@@ -93,6 +100,8 @@ def presets_table(presets: Mapping[str, Preset]) -> Table:
             f"{s.source_steps} + {s.steps}",
             f"{s.lr if s.steps else s.source_lr:g}",
             f"{s.target_weight:g}" if s.steps else "-",
+            f"{s.ratio:g}" if "-iw" in s.method else "-",
+            f"{s.low_weight:g}, {s.threshold:g}" if s.method.endswith("multi") else "-",
             preset.note,
         )
     return table
@@ -121,6 +130,24 @@ def versions() -> dict[str, str]:
     """Python and the libraries that a result depends on."""
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"python": platform.python_version(), "maxsquare": maxsquare.__version__, **found}
+
+
+def command_line(form: type[T], arguments: Sequence[str] | None, **how: Any) -> T:
+    """`tyro.cli`, with what it prints in a box about a wrong option as one sentence.
+
+    Raises:
+        UserError: an option that does not exist, or a value that an option does not take.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(form, args=arguments, **how)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
+        told = itertools.takewhile(lambda line: not line.startswith("─"), lines)
+        raise UserError(f"{' '.join(told).rstrip('.')}: --help explains every option.") from None
 
 
 def sentence(error: Exception) -> str:

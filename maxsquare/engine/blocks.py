@@ -17,10 +17,12 @@ from maxsquare.engine.bilinear import axis_bands
 from maxsquare.engine.pixelwise import LOWEST_LOGIT, Problem
 from maxsquare.potentials import Label, Tsallis
 
-# Logits, probabilities and one more buffer of this size fit a level-2 cache of 1 MiB.
-BLOCK_BYTES_PER_THREAD = 640 * 1024
-# Columns interpolated at a time: so few that most of a band's matrix is not zero.
-COLUMNS_PER_BAND = 64
+# Two buffers of this size, of which the logits are one, fill a level-2 cache of 1 MiB.
+BLOCK_BYTES_PER_THREAD = 512 * 1024
+# Columns interpolated at a time: the fewer, the fewer zeros are multiplied, but the more calls.
+COLUMNS_PER_BAND = 256
+# Low-resolution rows kept at the width of the result: one more is read twice for every so many.
+ROWS_PER_STRIP = 8
 
 
 class Swept(NamedTuple):
@@ -96,9 +98,12 @@ def sweep(
                 for x in xs:
                     x.masked_fill_(~counted.unsqueeze(1), 0)
 
+            if predicts and problem.threshold is None:
+                y = _argmax(xs[0])
             p, log_p = _probabilities(xs[0], problem)
-            if y_rows is not None:
+            if predicts and y is None:
                 y = _index(xs, p, problem)
+            if y_rows is not None and y is not None:
                 source.pixels(y_rows, k).copy_(y)
                 if labelled:
                     counted = y != -1 if counted is None else counted & (y != -1)
@@ -129,27 +134,30 @@ def _rows(pixels: Tensor, length: int) -> Tensor:
 
 
 def _probabilities(x: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """p and log p; x in the place of a logarithm that the potential has no use for."""
+    """p and log p, either of which may overwrite x.
+
+    Cross entropy gets the logits instead of log p, squares get p for a logarithm they ignore.
+    """
     potential = problem.potential
-    without = isinstance(potential, Tsallis) and potential.q == 2
-    if not problem.from_logits:
-        return x, x if without else x.clamp_min(torch.finfo(x.dtype).tiny).log_()
-    if without or isinstance(potential, Label):
+    if isinstance(potential, Label) and problem.from_logits:
         return x.softmax(1), x
-    log_p = x.log_softmax(1)
+    if isinstance(potential, Tsallis) and potential.q == 2:
+        p = torch.softmax(x, 1, out=x) if problem.from_logits else x
+        return p, p
+    if not problem.from_logits:
+        return x, x.clamp_min(torch.finfo(x.dtype).tiny).log_()
+    log_p = torch.log_softmax(x, 1, out=x)
     return log_p.exp(), log_p
 
 
 def _index(xs: list[Tensor], p: Tensor, problem: Problem) -> Tensor:
-    """`pixelwise.predict` of a block."""
-    if len(xs) == 1 and problem.threshold is None:
-        return _argmax(xs[0])
-    ps = [p, *(x.softmax(1) if problem.from_logits else x for x in xs[1:])]
-    best, y = p.amax(1), _argmax(p if len(ps) == 1 else ps[0] + ps[1])
-    if len(ps) > 1:
-        best = torch.maximum(best, ps[1].amax(1))
-    if problem.threshold is not None:
-        y.masked_fill_(best <= problem.threshold, -1)
+    """`pixelwise.predict` of a block under a threshold."""
+    assert problem.threshold is not None
+    best, mean = p.amax(1), p
+    for x in xs[1:]:
+        guide_p = x.softmax(1) if problem.from_logits else x
+        best, mean = torch.maximum(best, guide_p.amax(1)), p + guide_p
+    y = _argmax(mean).masked_fill_(best <= problem.threshold, -1)
     return y.masked_fill_(best.isnan(), p.shape[1])
 
 
@@ -270,8 +278,8 @@ class _Whole:
 class _Upsampled:
     """Logits to be upsampled to the resolution of the result; a block is some of its rows.
 
-    Along the columns an image is interpolated once, at low height; along the rows block by
-    block. The gradient goes the same way back.
+    A strip of low-resolution rows is interpolated along the columns, then block by block along
+    the rows. The gradient goes the same way back.
     """
 
     def __init__(
@@ -289,22 +297,17 @@ class _Upsampled:
         self.column_bands = axis_bands(self.width, width, align, columns, dtype)
         self.slices = [band.out for band in self.row_bands]
         self.buffer = torch.empty(step * self.classes * self.width, dtype=dtype)
-        # One image, wide but low: (height, channels, width of the result).
-        self.wide = torch.empty(height, channels, self.width, dtype=dtype)
-        self.slope = torch.empty_like(z, dtype=dtype) if sloped else None
+        self.strips = _strips([band.source for band in self.row_bands])
+        rows = max(strip.stop - strip.start for strip in self.strips)
+        # The open strip, wide but low: (rows, channels, width of the result).
+        self.wide = torch.empty(rows, channels, self.width, dtype=dtype)
         self.wide_slope = torch.empty_like(self.wide) if sloped else None
-        self.n = 0
+        self.slope = torch.zeros_like(z, dtype=dtype) if sloped else None
+        self.n, self.strip = 0, slice(0)
 
     def start(self, n: int) -> None:
-        """Turn to image n: interpolate along the columns."""
-        self.n = n
-        narrow = self.z[n].to(self.dtype).transpose(0, 1)
-        if self.from_logits:
-            narrow = narrow.clamp_min(LOWEST_LOGIT)
-        for band in self.column_bands:
-            self.wide[..., band.out] = narrow[..., band.source] @ band.weights.t()
-        if self.wide_slope is not None:
-            self.wide_slope.zero_()
+        """Turn to image n."""
+        self.n, self.strip = n, slice(0)
 
     def pixels(self, rows: Tensor, k: int) -> Tensor:
         """Block k of a map as (R, B)."""
@@ -312,10 +315,13 @@ class _Upsampled:
 
     def load(self, k: int) -> Tensor:
         """Block k of the logits (R, C, B), in a buffer that may be overwritten."""
+        if self.strips[k] != self.strip:
+            self.finish()
+            self._open(self.strips[k])
         band, channels = self.row_bands[k], self.wide.shape[1]
         x = self.buffer[: len(band.weights) * self.classes * self.width]
         x = x.view(-1, self.classes, self.width)
-        low = self.wide[band.source].flatten(1)
+        low = self._of_strip(self.wide, k)
         if not self.binary:
             torch.mm(band.weights, low, out=x.flatten(1))
             return x
@@ -325,20 +331,47 @@ class _Upsampled:
     def deposit(self, slope: Tensor, w: Tensor, k: int) -> None:
         """Add the slope of block k, times w, to the gradient of the rows it came from."""
         assert self.wide_slope is not None
-        band = self.row_bands[k]
         factor = 1.0 if w.dim() == 2 else float(w)
         slope = slope.mul_(w.unsqueeze(1)) if w.dim() == 2 else slope
         slope = _channels(slope, self.binary, self.from_logits).flatten(1)
-        self.wide_slope[band.source].flatten(1).addmm_(band.weights.t(), slope, alpha=factor)
+        weights = self.row_bands[k].weights.t()
+        self._of_strip(self.wide_slope, k).addmm_(weights, slope, alpha=factor)
 
     def finish(self) -> None:
-        """Take the image's gradient back along the columns."""
+        """Take the gradient of the open strip back along the columns."""
         if self.wide_slope is None or self.slope is None:
             return
-        narrow = torch.zeros(*self.wide.shape[:2], self.z.shape[3], dtype=self.dtype)
+        narrow = self.slope[self.n, :, self.strip].transpose(0, 1)
         for band in self.column_bands:
-            narrow[..., band.source] += self.wide_slope[..., band.out] @ band.weights
-        self.slope[self.n] = narrow.transpose(0, 1)
+            wide = self.wide_slope[: len(narrow), :, band.out]
+            narrow[..., band.source] += wide @ band.weights
+
+    def _open(self, strip: slice) -> None:
+        self.strip = strip
+        narrow = self.z[self.n, :, strip].to(self.dtype).transpose(0, 1)
+        if self.from_logits:
+            narrow = narrow.clamp_min(LOWEST_LOGIT)
+        for band in self.column_bands:
+            self.wide[: len(narrow), :, band.out] = narrow[..., band.source] @ band.weights.t()
+        if self.wide_slope is not None:
+            self.wide_slope.zero_()
+
+    def _of_strip(self, wide: Tensor, k: int) -> Tensor:
+        """The rows of the open strip that block k depends on, (rows, channels x width)."""
+        source = self.row_bands[k].source
+        start = source.start - self.strip.start
+        return wide[start : start + source.stop - source.start].flatten(1)
+
+
+def _strips(sources: list[slice]) -> list[slice]:
+    """For each of the blocks, from top to bottom, the strip of rows that holds its source."""
+    strips: list[slice] = []
+    first = 0
+    for k, source in enumerate(sources):
+        if k > first and source.stop - sources[first].start > ROWS_PER_STRIP:
+            strips += [slice(sources[first].start, sources[k - 1].stop)] * (k - first)
+            first = k
+    return strips + [slice(sources[first].start, sources[-1].stop)] * (len(sources) - first)
 
 
 def _heads(
