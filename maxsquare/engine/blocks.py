@@ -17,8 +17,8 @@ from maxsquare.engine.bilinear import axis_bands
 from maxsquare.engine.pixelwise import LOWEST_LOGIT, Problem
 from maxsquare.potentials import Label, Tsallis
 
-# Two buffers of this size, of which the logits are one, fill a level-2 cache of 1 MiB.
-BLOCK_BYTES_PER_THREAD = 512 * 1024
+# Two buffers of this size, the logits and what is made of them, about fill a level-2 cache.
+BLOCK_BYTES_PER_THREAD = 640 * 1024
 # Columns interpolated at a time: the fewer, the fewer zeros are multiplied, but the more calls.
 COLUMNS_PER_BAND = 256
 # Low-resolution rows kept at the width of the result: one more is read twice for every so many.
@@ -74,6 +74,8 @@ def sweep(
     counts = torch.zeros_like(sums, dtype=torch.long)
     y_map = torch.empty(shape, dtype=index_dtype(classes)) if predicts else None
     phi_map = torch.empty(shape, dtype=dtype) if per_pixel else None
+    # Made once: fresh memory for every block would cost more than the arithmetic on it.
+    spares = [torch.empty_like(source.buffer) for _ in range(2 if labelled and predicts else 1)]
     y_rows, phi_rows, label_rows, valid_rows = (
         None if pixels is None else _rows(pixels, source.length)
         for pixels in (y_map, phi_map, labels, valid)
@@ -98,16 +100,17 @@ def sweep(
                 for x in xs:
                     x.masked_fill_(~counted.unsqueeze(1), 0)
 
+            spare, *other_spare = (buffer[: xs[0].numel()].view_as(xs[0]) for buffer in spares)
             if predicts and problem.threshold is None:
-                y = _argmax(xs[0])
-            p, log_p = _probabilities(xs[0], problem)
+                y = _argmax(xs[0], spare)
+            p, log_p = _probabilities(xs[0], problem, spare)
             if predicts and y is None:
-                y = _index(xs, p, problem)
+                y = _index(xs, p, problem, *other_spare)
             if y_rows is not None and y is not None:
                 source.pixels(y_rows, k).copy_(y)
                 if labelled:
                     counted = y != -1 if counted is None else counted & (y != -1)
-            phi, slope, factor = _potential(p, log_p, y, problem, weights is not None)
+            phi, slope, factor = _potential(p, log_p, y, problem, weights is not None, spare)
             if counted is not None:
                 phi = torch.where(counted, phi, 0)
             _add_to_bins(sums[n], counts[n], phi, y, counted)
@@ -133,51 +136,56 @@ def _rows(pixels: Tensor, length: int) -> Tensor:
     return pixels.reshape(len(pixels), length, rest)
 
 
-def _probabilities(x: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """p and log p, either of which may overwrite x.
+def _probabilities(x: Tensor, problem: Problem, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """p and log p, in the place of x or spare.
 
     Cross entropy gets the logits instead of log p, squares get p for a logarithm they ignore.
     """
     potential = problem.potential
     if isinstance(potential, Label) and problem.from_logits:
-        return x.softmax(1), x
+        return torch.softmax(x, 1, out=spare), x
     if isinstance(potential, Tsallis) and potential.q == 2:
         p = torch.softmax(x, 1, out=x) if problem.from_logits else x
         return p, p
     if not problem.from_logits:
-        return x, x.clamp_min(torch.finfo(x.dtype).tiny).log_()
+        return x, torch.clamp_min(x, torch.finfo(x.dtype).tiny, out=spare).log_()
     log_p = torch.log_softmax(x, 1, out=x)
-    return log_p.exp(), log_p
+    return torch.exp(log_p, out=spare), log_p
 
 
-def _index(xs: list[Tensor], p: Tensor, problem: Problem) -> Tensor:
-    """`pixelwise.predict` of a block under a threshold."""
+def _index(xs: list[Tensor], p: Tensor, problem: Problem, spare: Tensor) -> Tensor:
+    """`pixelwise.predict` of a block under a threshold; a guide's logits are overwritten."""
     assert problem.threshold is not None
     best, mean = p.amax(1), p
     for x in xs[1:]:
-        guide_p = x.softmax(1) if problem.from_logits else x
-        best, mean = torch.maximum(best, guide_p.amax(1)), p + guide_p
-    y = _argmax(mean).masked_fill_(best <= problem.threshold, -1)
+        guide_p = torch.softmax(x, 1, out=x) if problem.from_logits else x
+        best, mean = torch.maximum(best, guide_p.amax(1)), guide_p.add_(p)
+    y = _argmax(mean, spare).masked_fill_(best <= problem.threshold, -1)
     return y.masked_fill_(best.isnan(), p.shape[1])
 
 
-def _argmax(x: Tensor) -> Tensor:
+def _argmax(x: Tensor, spare: Tensor) -> Tensor:
     """The first of the largest; comparing with the maximum is cheaper than looking for it."""
-    hit = torch.eq(x, x.amax(1, keepdim=True), out=torch.empty_like(x))
-    if bool((hit.sum(1) != 1).any()):
-        return x.argmax(1)  # a tie, or NaN
-    return torch.matmul(torch.arange(x.shape[1], dtype=x.dtype), hit).long()
+    classes = x.shape[1]
+    hit = torch.eq(x, x.amax(1, keepdim=True), out=spare)
+    # One hit at class c sums up to C + c; none (NaN) gives 0, and several at least 2 C.
+    codes = torch.arange(classes, 2 * classes, dtype=x.dtype).unsqueeze(1)
+    code = hit.mul_(codes).sum(1)
+    least, most = torch.aminmax(code)
+    if least < classes or most >= 2 * classes:
+        return x.argmax(1)
+    return code.long().sub_(classes)
 
 
 def _potential(
-    p: Tensor, log_p: Tensor, y: Tensor | None, problem: Problem, sloped: bool
+    p: Tensor, log_p: Tensor, y: Tensor | None, problem: Problem, sloped: bool, spare: Tensor
 ) -> tuple[Tensor, Tensor, float]:
-    """phi (R, B); if asked for, its slope (R, C, B) and a factor on it. p may be overwritten."""
+    """phi (R, B); if asked for, its slope (R, C, B) and a factor on it. Overwrites all it can."""
     potential = problem.potential
     if isinstance(potential, Tsallis):
         q, a, t = potential.q, potential.shift, potential.shifted_log(p, log_p)
         if problem.from_logits:
-            t = t * p if t is p else t.mul_(p)
+            t = torch.mul(t, p, out=spare if t is p else t)
             total = t.sum(1)
             return -total, t.addcmul_(p, total.unsqueeze(1), value=-1) if sloped else t, -q
         # (p L)' = L + p^(q-1), and p^(q-1) = (q - 1) (L - a) + 1.
@@ -194,9 +202,11 @@ def _potential(
     c = y.clamp(0, p.shape[1] - 1).unsqueeze(1)
     p_y = p.gather(1, c)
     if problem.from_logits:
-        # -log p_y from the logits (here log_p), for p_y itself may be rounded to 0.
-        top = log_p.amax(1, keepdim=True), p.amax(1, keepdim=True)
-        phi = (top[0] - log_p.gather(1, c)).sub_(top[1].log_())
+        phi = p_y.log().neg_()
+        if bool((p_y < torch.finfo(p.dtype).tiny).any()):
+            # Rounded away: from the logits (here log_p) instead.
+            top = log_p.amax(1, keepdim=True), p.amax(1, keepdim=True)
+            phi = (top[0] - log_p.gather(1, c)).sub_(top[1].log_())
         slope = p.scatter_(1, c, p_y - 1) if sloped else p
     else:
         phi = log_p.gather(1, c).neg_()
@@ -235,7 +245,7 @@ class _Whole:
         self.binary, self.from_logits = problem.binary, problem.from_logits
         self.z = z.flatten(2) if flat else z
         self.slope = torch.empty_like(z) if sloped else None
-        if self.slope is not None and flat and not _is_flat(self.slope):
+        if self.slope is not None and flat and not is_flat(self.slope):
             self.slope = torch.empty(z.shape, dtype=z.dtype)
         self.slope_rows = self.slope.flatten(2) if self.slope is not None and flat else self.slope
         self.length = self.z.shape[2]
@@ -382,11 +392,11 @@ def _heads(
         # In a band of several rows 0 times NaN would reach pixels that the NaN does not touch.
         banded = all(bool((z < math.inf).all()) for z in heads)
         return [_Upsampled(z, problem, dtype, banded, sloped and z is heads[0]) for z in heads]
-    flat = all(map(_is_flat, heads))
+    flat = all(map(is_flat, heads))
     return [_Whole(z, problem, dtype, flat, sloped and z is heads[0]) for z in heads]
 
 
-def _is_flat(z: Tensor) -> bool:
+def is_flat(z: Tensor) -> bool:
     """Whether the spatial dimensions are one, without a copy."""
     return all(
         z.shape[d] == 1 or z.shape[d + 1] == 1 or z.stride(d) == z.stride(d + 1) * z.shape[d + 1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +26,18 @@ def choose_path(*tensors: Tensor | None) -> ModuleType | None:
         return None
     if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in given):
         return None
-    return blocks if given[0].device.type == "cpu" else None
+    device = given[0].device.type
+    if device == "cpu":
+        return blocks
+    return _kernels() if device == "cuda" else None
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The CUDA path, imported when it is first wanted; None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("maxsquare.engine.kernels")
 
 
 def accumulate(
