@@ -1,0 +1,492 @@
+"""How long value and gradient take: maxsquare against what one would write instead.
+
+    python benchmarks/speed.py --quick   # 19 classes at 512x1024: some minutes
+    python benchmarks/speed.py           # the whole grid, as far as memory and --minutes allow
+
+All competitors run in one process in interleaved rounds, so that whatever else the machine does
+meets each of them. Ratios are of medians; their range is the quartiles of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import cases
+from cases import COMPILED, CROSS_ENTROPY, NOT_IMAGE_WISE, OURS, PLAIN, PUBLISHED, Bar, Case
+
+QUESTION = (
+    "How long do value and gradient of a target loss take: against what one would write "
+    "instead, and against the best that the machine could do?"
+)
+BYTES_FLOOR = "floor: bytes"
+EXP_FLOOR = "floor: exponentials"
+FLOORS = (BYTES_FLOOR, EXP_FLOOR)
+
+MIN_ROUNDS = 3
+SHORTEST_SAMPLE = 0.02  # seconds; the clock and the start of a kernel must not be seen in it
+COPY_BYTES = 2**28  # far more than a cache holds
+EXP_ELEMENTS_PER_THREAD = 2**15  # operand and result stay in a level-2 cache of 1 MiB
+# Full-resolution logits that a competitor holds at its peak, by benchmarks/memory.py; input too.
+PEAK_TENSORS = {OURS: 2, NOT_IMAGE_WISE: 2, CROSS_ENTROPY: 4, COMPILED: 6, PLAIN: 6, PUBLISHED: 14}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time value and gradient of the losses.
+
+    The first of the classes, heights, batches and dtypes make the headline, where all losses
+    run; at all other combinations the maximum squares loss runs alone.
+    """
+
+    quick: bool = False
+    """The headline alone."""
+    classes: tuple[int, ...] = (19, 2, 150)
+    """Class counts."""
+    heights: tuple[int, ...] = (512, 1024)
+    """Heights of the result, which is twice as wide."""
+    batches: tuple[int, ...] = (1, 4)
+    """Images in a batch."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Dtypes of the logits."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; "auto" takes a GPU if there is one."""
+    threads: int | None = None
+    """CPU threads; default: as many as PyTorch takes."""
+    rounds: int = 25
+    """Rounds of a case at most."""
+    seconds: float = 8.0
+    """Time for the rounds of a case, of which at least three run."""
+    slowest: float = 5.0
+    """Competitors that are expected to take more seconds than this a call are left out."""
+    minutes: float = 45.0
+    """After that no further case is started."""
+    compile: bool = True
+    """Whether torch.compile competes; compiling takes longer than measuring."""
+    out: Path = cases.RESULTS
+    """Folder for figures and plots."""
+
+
+class Row(NamedTuple):
+    """A competitor's time in ms and its ratio to ours: above 1 it is slower than ours."""
+
+    competitor: str
+    ms: float
+    ms_quartiles: tuple[float, float]
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+
+
+class Timed(NamedTuple):
+    """A case, a row for each competitor and floor, and why others were left out."""
+
+    case: Case
+    rows: list[Row]
+    skipped: dict[str, str]
+
+
+class Machine(NamedTuple):
+    """The best that it can do, per second; exponentials are measured on CPUs only."""
+
+    copied_bytes: float
+    exponentials: float | None
+
+
+class Scaling(NamedTuple):
+    """Time of ours in ms against a size, and the exponent of the power law through the points."""
+
+    axis: str
+    upsampled: bool
+    sizes: list[int]
+    ms: list[float]
+    exponent: float
+
+
+class Claim(NamedTuple):
+    """At the headline a competitor takes at least `ratio` times as long as ours."""
+
+    loss: str
+    upsampled: bool
+    competitor: str
+    ratio: float
+
+
+# For logits of (1, 19, 512, 1024) in float32, on two CPU threads or a GPU of the H200's class.
+CLAIMED_CASE = {"classes": 19, "height": 512, "batch": 1, "dtype": "float32"}
+CLAIMS = {
+    "cpu": (
+        Claim("max_square", False, PUBLISHED, 12),
+        Claim("max_square", False, CROSS_ENTROPY, 1.4),
+        Claim("iw_max_square", False, NOT_IMAGE_WISE, 1 / 1.3),
+        Claim("max_square", True, PUBLISHED, 20),
+        Claim("max_square", True, PLAIN, 4),
+        Claim("max_square", True, CROSS_ENTROPY, 2),
+        Claim("multi_level", True, PUBLISHED, 10),
+    ),
+    "cuda": (
+        Claim("max_square", False, BYTES_FLOOR, 1 / 1.3),
+        Claim("max_square", False, COMPILED, 1),
+        Claim("max_square", True, COMPILED, 3),
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    run(tyro.cli(Options, args=arguments), Console())
+    return 0
+
+
+def run(options: Options, console: Console) -> None:
+    began = time.perf_counter()
+    device = cases.resolve_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    environment = cases.environment(device)
+    console.print(QUESTION)
+    console.print(f"On {cases.name_of(environment)}.")
+    machine = measure_machine(device)
+
+    timed: list[Timed] = []
+    for case in grid(options, device):
+        if timed and time.perf_counter() - began > 60 * options.minutes:
+            late = f"--minutes {options.minutes:g} are over"
+            timed.append(Timed(case, [], {"all": late}))
+        else:
+            timed.append(time_case(case, timed, machine, options))
+        print_case(timed[-1], console)
+    scalings = [
+        measure_scaling(timed[0].case._replace(upsampled=upsampled), axis, options)
+        for axis in ("pixels", "classes")
+        for upsampled in (False, True)
+    ]
+    verdicts = judge(timed, CLAIMS[device])
+    print_summary(timed, scalings, verdicts, console)
+
+    document = {
+        "question": QUESTION,
+        "environment": environment,
+        "machine": machine._asdict(),
+        "cases": [
+            {**t._asdict(), "case": t.case._asdict(), "rows": [row._asdict() for row in t.rows]}
+            for t in timed
+        ],
+        "scaling": [scaling._asdict() for scaling in scalings],
+        "claims": verdicts,
+    }
+    cases.save_json(document, options.out / f"speed-{device}.json")
+    headline = [t for t in timed if t.case in grid(replace(options, quick=True), device)]
+    for name, figure in {
+        "speed": plot_headline(headline),
+        "speed-grid": plot_grid(timed),
+        "speed-scaling": plot_scaling(scalings),
+    }.items():
+        cases.save_plot(figure, options.out / f"{name}-{device}.png", environment)
+    console.print(f"Figures and plots: {options.out}/speed*-{device}.*", soft_wrap=True)
+
+
+# Measuring
+
+
+def grid(options: Options, device: str) -> list[Case]:
+    """The headline with every loss, then all other combinations with the first loss."""
+    combinations = itertools.product(
+        options.dtypes, options.batches, options.classes, options.heights
+    )
+    found = []
+    for number, (dtype, batch, classes, height) in enumerate(combinations):
+        for loss in list(cases.LOSSES)[: 1 if number else None]:
+            for upsampled in (False, True):
+                found.append(Case(loss, classes, height, batch, dtype, upsampled, device))
+        if options.quick:
+            break
+    return found
+
+
+def time_case(case: Case, earlier: list[Timed], machine: Machine, options: Options) -> Timed:
+    """Time the competitors for which there is memory and patience."""
+    losses = cases.competitors(case)
+    skipped = {}
+    if options.compile:
+        torch.compiler.reset()
+        losses[COMPILED] = torch.compile(losses.get(PLAIN, losses[CROSS_ENTROPY]), dynamic=False)
+    else:
+        skipped[COMPILED] = "--no-compile"
+    for name in list(losses):
+        needed, expected = PEAK_TENSORS[name] * case.logits_bytes, expected_ms(case, name, earlier)
+        if needed > cases.available_bytes(case.device):
+            skipped[name] = f"needs about {needed / 2**30:.0f} GiB"
+        elif expected > 1000 * options.slowest:
+            skipped[name] = f"would take about {expected / 1000:.0f} s a call"
+    if OURS in skipped:
+        return Timed(case, [], skipped)
+
+    inputs = cases.make_inputs(case)
+    runs = {
+        name: partial(cases.value_and_gradient, loss_of, inputs)
+        for name, loss_of in losses.items()
+        if name not in skipped
+    }
+    if COMPILED in runs:
+        try:
+            runs[COMPILED]()
+        except Exception as error:  # a compiler that is missing or fails may raise anything
+            del runs[COMPILED]
+            first_line = str(error).strip().split("\n")[0]
+            skipped[COMPILED] = f"{type(error).__name__}: {first_line}"
+    samples = measure(runs, case.device, rounds=options.rounds, seconds=options.seconds)
+    rows = [make_row(name, times, samples[OURS]) for name, times in samples.items()]
+    for name, seconds in floors(case, machine, len(inputs.heads)).items():
+        rows.append(make_row(name, [seconds] * len(samples[OURS]), samples[OURS]))
+    return Timed(case, rows, skipped)
+
+
+def measure(
+    runs: Mapping[str, Callable[[], object]], device: str, *, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of a call, one sample a round; the order rotates from round to round."""
+
+    def sample(run: Callable[[], object], calls: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize(device)
+        return (time.perf_counter() - start) / calls
+
+    calls = {}
+    for name, run in runs.items():
+        run()
+        calls[name] = math.ceil(SHORTEST_SAMPLE / sample(run, 1))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    names, end = list(runs), time.perf_counter() + seconds
+    for number in range(rounds):
+        if number >= MIN_ROUNDS and time.perf_counter() > end:
+            break
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(sample(runs[name], calls[name]))
+    return samples
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_row(name: str, times: Sequence[float], ours: Sequence[float]) -> Row:
+    ratios = [theirs / own for theirs, own in zip(times, ours, strict=True)]
+    median = statistics.median(times)
+    return Row(
+        name,
+        1000 * median,
+        quartiles([1000 * t for t in times]),
+        median / statistics.median(ours),
+        quartiles(ratios),
+    )
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def expected_ms(case: Case, name: str, earlier: list[Timed]) -> float:
+    """From the time of a logit in the most similar case so far; 0 if there is none."""
+    known = [
+        (abs(math.log(case.logits / t.case.logits)), row.ms / t.case.logits)
+        for t in earlier
+        for row in t.rows
+        if row.competitor == name and (t.case.loss, t.case.upsampled) == (case.loss, case.upsampled)
+    ]
+    return min(known)[1] * case.logits if known else 0.0
+
+
+def measure_machine(device: str) -> Machine:
+    """Copied bytes count twice, read and written; exponentials are taken within the cache."""
+    source = torch.zeros(COPY_BYTES // 4, device=device)
+    runs: dict[str, Callable[[], object]] = {
+        "copy": partial(torch.empty_like(source).copy_, source)
+    }
+    x = torch.zeros(EXP_ELEMENTS_PER_THREAD * torch.get_num_threads())
+    if device == "cpu":
+        runs["exp"] = partial(torch.exp, x, out=torch.empty_like(x))
+    samples = measure(runs, device, rounds=15, seconds=2)
+    # A floor is what the machine can do at best.
+    seconds = {name: min(times) for name, times in samples.items()}
+    return Machine(
+        2 * COPY_BYTES / seconds["copy"], x.numel() / seconds["exp"] if "exp" in seconds else None
+    )
+
+
+def floors(case: Case, machine: Machine, heads: int) -> dict[str, float]:
+    """Seconds to read the given logits twice and write their gradient, and of one exp a logit."""
+    found = {BYTES_FLOOR: 3 * heads * case.given_bytes / machine.copied_bytes}
+    if machine.exponentials is not None:
+        found[EXP_FLOOR] = heads * case.logits / machine.exponentials
+    return found
+
+
+def measure_scaling(case: Case, axis: str, options: Options) -> Scaling:
+    """Time ours at several sizes, interleaved like competitors."""
+    if axis == "pixels":
+        points = [case._replace(height=case.height * k // 4) for k in (1, 2, 4, 8)]
+        sizes = [math.prod(point.size) for point in points]
+    else:
+        points = [case._replace(classes=case.classes * k) for k in (1, 2, 4, 8)]
+        points = [point._replace(height=case.height // 2) for point in points]
+        sizes = [point.classes for point in points]
+    runs = {
+        str(point): partial(
+            cases.value_and_gradient, cases.competitors(point)[OURS], cases.make_inputs(point)
+        )
+        for point in points
+    }
+    samples = measure(runs, case.device, rounds=options.rounds, seconds=options.seconds)
+    ms = [1000 * statistics.median(times) for times in samples.values()]
+    fit = statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, ms)])
+    return Scaling(axis, case.upsampled, sizes, ms, fit.slope)
+
+
+def judge(timed: list[Timed], claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """Each claim with the ratio that was measured."""
+    verdicts = []
+    for claim in claims:
+        for t in timed:
+            fields = CLAIMED_CASE | {"loss": claim.loss, "upsampled": claim.upsampled}
+            if fields.items() <= t.case._asdict().items():
+                for row in t.rows:
+                    if row.competitor == claim.competitor:
+                        met = row.ratio >= claim.ratio
+                        verdicts.append({**claim._asdict(), "measured": row.ratio, "met": met})
+    return verdicts
+
+
+# Telling
+
+
+def print_case(t: Timed, console: Console) -> None:
+    table = Table("competitor", title=str(t.case), title_justify="left")
+    for heading in ("ms", "quartiles", "x ours", "quartiles"):
+        table.add_column(heading, justify="right")
+    for row in t.rows:
+        table.add_row(
+            row.competitor,
+            f"{row.ms:.2f}",
+            "{:.2f} - {:.2f}".format(*row.ms_quartiles),
+            f"{row.ratio:.2f}",
+            "{:.2f} - {:.2f}".format(*row.ratio_quartiles),
+            end_section=row.competitor == OURS,
+        )
+    console.print(table if t.rows else str(t.case), soft_wrap=not t.rows)
+    for name, reason in t.skipped.items():
+        console.print(f"{name} left out: {reason}", soft_wrap=True, markup=False)
+
+
+def print_summary(
+    timed: list[Timed], scalings: list[Scaling], verdicts: list[dict[str, Any]], console: Console
+) -> None:
+    for scaling in scalings:
+        console.print(
+            f"Time grows with the {scaling.axis} to the power {scaling.exponent:.2f}"
+            + (", upsampled." if scaling.upsampled else ".")
+        )
+    if verdicts:
+        console.print("Claims, made for two CPU threads or a GPU of the H200's class:")
+    for claim in verdicts:
+        console.print(
+            f"{'met' if claim['met'] else 'NOT met':7}  {claim['loss']}"
+            f"{', upsampled' if claim['upsampled'] else ''}: {claim['competitor']} takes "
+            f"{claim['measured']:.2f} times as long; claimed {claim['ratio']:.2f}",
+            soft_wrap=True,
+        )
+    lost = [
+        f"  {t.case}: {row.competitor} takes {row.ratio:.2f} times as long"
+        for t in timed
+        for row in t.rows
+        if row.ratio < 1 and row.competitor not in (*FLOORS, NOT_IMAGE_WISE)
+    ]
+    console.print("Where maxsquare loses:" if lost else "Nowhere does maxsquare lose.")
+    console.print("\n".join(lost), soft_wrap=True, markup=False)
+
+
+def plot_headline(timed: list[Timed]) -> Figure:
+    """Bars of the headline's times; floors far below are left out."""
+    columns = [
+        {
+            t.case: [
+                Bar(row.competitor, row.ms, f"{row.ms:.1f} ms ({row.ratio:.1f}x)")
+                for row in t.rows
+                if row.ratio > 0.02
+            ]
+            for t in timed
+            if t.case.upsampled == upsampled
+        }
+        for upsampled in (False, True)
+    ]
+    return cases.plot_bars(columns, "value and gradient (ms); in brackets: times as long as ours")
+
+
+def plot_grid(timed: list[Timed]) -> Figure:
+    """How many times as long each competitor takes, against the number of logits."""
+    figure = Figure(figsize=(9, 4))
+    for axes, upsampled in zip(figure.subplots(1, 2), (False, True), strict=True):
+        for name, color in cases.COLORS.items():
+            for dtype, marker in (("float32", "o"), ("bfloat16", "^")):
+                points = [
+                    (t.case.logits, row.ratio)
+                    for t in timed
+                    for row in t.rows
+                    if (t.case.loss, t.case.upsampled) == ("max_square", upsampled)
+                    and (t.case.dtype, row.competitor) == (dtype, name)
+                    and name != OURS
+                ]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    axes.scatter(x, y, 25, color, marker=marker, label=f"{name}, {dtype}")
+        axes.axhline(1, color=cases.COLORS[OURS], label=OURS)
+        axes.set(xscale="log", yscale="log", xlabel="logits at full resolution")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_title("upsampled from stride 8" if upsampled else "logits at full resolution")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("times as long as maxsquare")
+    figure.axes[1].legend(fontsize=7)
+    return figure
+
+
+def plot_scaling(scalings: list[Scaling]) -> Figure:
+    """Time of ours against pixels and against classes; the lines have slope 1."""
+    figure = Figure(figsize=(9, 4))
+    for axes, axis in zip(figure.subplots(1, 2), ("pixels", "classes"), strict=True):
+        for scaling in (s for s in scalings if s.axis == axis):
+            color = cases.COLORS[NOT_IMAGE_WISE if scaling.upsampled else OURS]
+            name = "upsampled" if scaling.upsampled else "full resolution"
+            label = f"{name}: exponent {scaling.exponent:.2f}"
+            axes.plot(scaling.sizes, scaling.ms, "o", color=color, label=label)
+            pace = scaling.ms[-1] / scaling.sizes[-1]
+            axes.plot(scaling.sizes, [pace * size for size in scaling.sizes], color=color)
+        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="value and gradient (ms)")
+        sizes = scalings[0 if axis == "pixels" else -1].sizes
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.legend(title="lines: exactly linear", fontsize=8)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

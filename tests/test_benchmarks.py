@@ -1,0 +1,309 @@
+"""The benchmarks: baselines that compute the same, and scripts that write what they measured."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cases
+import memory
+import speed
+from cases import COMPILED, CROSS_ENTROPY, OURS, PLAIN, PUBLISHED, Case
+from maxsquare import functional
+from speed import Claim, Options, Row, Timed
+
+TINY = (
+    "--heights 16 8 --classes 3 --batches 1 --dtypes float32 --rounds 3 --seconds 0 "
+    "--threads 1 --no-compile --device cpu"
+).split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_samples() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "SHORTEST_SAMPLE", 1e-9)
+        patch.setattr(speed, "COPY_BYTES", 2**16)
+        yield
+
+
+@pytest.fixture(scope="module")
+def timed(
+    tmp_path_factory: pytest.TempPathFactory, small_samples: None
+) -> tuple[Path, dict[str, Any], str]:
+    """Folder, figures and output of a tiny run of speed.py."""
+    folder = tmp_path_factory.mktemp("results")
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert speed.main([*TINY, "--out", str(folder)]) == 0
+    return folder, json.loads((folder / "speed-cpu.json").read_text()), output.getvalue()
+
+
+def inputs_in_double(case: Case) -> cases.Inputs:
+    heads, labels = cases.make_inputs(case)
+    labels[:, 0] = -1
+    return cases.Inputs([head.detach().double().requires_grad_() for head in heads], labels)
+
+
+# Baselines
+
+
+@pytest.mark.parametrize("upsampled", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "baseline"),
+    [
+        *itertools.product(("max_square", "iw_max_square", "multi_level"), (PUBLISHED, PLAIN)),
+        ("cross_entropy", CROSS_ENTROPY),
+    ],
+)
+def test_baseline_equals_the_library(loss: cases.LossName, baseline: str, upsampled: bool) -> None:
+    case = Case(loss, classes=5, height=16, batch=2, upsampled=upsampled)
+    inputs, losses = inputs_in_double(case), cases.competitors(case)
+    value, gradients = cases.value_and_gradient(losses[OURS], inputs)
+    expected, expected_gradients = cases.value_and_gradient(losses[baseline], inputs)
+    # Histograms count in float32; the two terms of the multi-level loss may cancel.
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert gradient.norm() > 0
+        assert (gradient - expected_gradient).norm() <= 1e-6 * expected_gradient.norm()
+
+
+def test_some_pixels_of_the_inputs_pass_the_threshold_and_some_do_not() -> None:
+    inputs = inputs_in_double(Case("multi_level", classes=19, height=32))
+    labels = functional.guidance_labels(*inputs.heads)
+    assert 0.1 < (labels >= 0).double().mean() < 0.9
+
+
+@pytest.mark.parametrize("loss", cases.LOSSES)
+def test_every_loss_meets_the_cross_entropy(loss: cases.LossName) -> None:
+    names = list(cases.competitors(Case(loss, classes=3, height=16)))
+    assert names[0] == OURS
+    assert CROSS_ENTROPY in names
+
+
+# Speed
+
+
+def test_speed_writes_every_competitor_of_every_case(
+    timed: tuple[Path, dict[str, Any], str],
+) -> None:
+    _, document, _ = timed
+    measured = [Case(**entry["case"]) for entry in document["cases"]]
+    headline = [
+        Case(loss, 3, 16, upsampled=upsampled)
+        for loss in cases.LOSSES
+        for upsampled in (False, True)
+    ]
+    assert measured == [*headline, *(case._replace(height=8) for case in headline[:2])]
+    for entry in document["cases"]:
+        rows = {row["competitor"]: row for row in entry["rows"]}
+        assert list(rows) == [*cases.competitors(Case(**entry["case"])), *speed.FLOORS]
+        assert entry["skipped"] == {COMPILED: "--no-compile"}
+        assert rows[OURS]["ratio"] == 1
+        for row in rows.values():
+            assert row["ratio"] == pytest.approx(row["ms"] / rows[OURS]["ms"], rel=1e-3)
+            low, high = row["ms_quartiles"]
+            assert 0 < low <= row["ms"] <= high
+
+
+def test_speed_names_the_machine_and_its_pace(timed: tuple[Path, dict[str, Any], str]) -> None:
+    _, document, _ = timed
+    assert document["environment"]["threads"] == 1
+    assert document["environment"]["torch"] == torch.__version__
+    assert document["environment"]["cpu"]
+    assert document["machine"]["copied_bytes"] > 0
+    assert document["machine"]["exponentials"] > 0
+    assert document["claims"] == []  # they speak of another size
+    assert [(s["axis"], s["sizes"]) for s in document["scaling"]] == [
+        *[("pixels", [4 * 8, 8 * 16, 16 * 32, 32 * 64])] * 2,
+        *[("classes", [3, 6, 12, 24])] * 2,
+    ]
+
+
+def test_speed_prints_question_tables_losses_and_paths(
+    timed: tuple[Path, dict[str, Any], str],
+) -> None:
+    folder, document, output = timed
+    assert output.startswith("How long do value and gradient")
+    assert f"{COMPILED} left out: --no-compile" in output
+    places = [output.index(str(Case(**entry["case"]))) for entry in document["cases"]]
+    assert places == sorted(places)
+    assert "axsquare lose" in output  # where, or that nowhere
+    assert output.rstrip().endswith(f"Figures and plots: {folder}/speed*-cpu.*")
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {"speed-cpu.png", "speed-grid-cpu.png", "speed-scaling-cpu.png"}
+
+
+def test_grid_holds_the_published_shapes_and_starts_with_the_headline() -> None:
+    grid = speed.grid(Options(), "cpu")
+    headline = [case for case in grid if case[1:5] == (19, 512, 1, "float32")]
+    assert grid[: len(headline)] == headline == speed.grid(Options(quick=True), "cpu")
+    assert {case.loss for case in headline} == set(cases.LOSSES)
+    assert {case[1:6] for case in grid if case.loss == "max_square"} == set(
+        itertools.product((2, 19, 150), (512, 1024), (1, 4), cases.DTYPES, (False, True))
+    )
+    assert Case("max_square", 19, 512, upsampled=True).given_size == (65, 129)
+    assert Case("max_square", 19, 1024, upsampled=True).given_size == (129, 257)
+
+
+def test_rounds_interleave_and_rotate() -> None:
+    called: list[str] = []
+    runs = {name: lambda name=name: called.append(name) for name in "abc"}
+    samples = speed.measure(runs, "cpu", rounds=3, seconds=60)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 3, "b": 3, "c": 3}
+    firsts = [name for name, _ in itertools.groupby(called)]
+    assert "".join(firsts).endswith("abcbcacab")
+
+
+def test_what_does_not_fit_or_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, machine = Case("max_square", classes=3, height=8), speed.Machine(1e9, None)
+    options = Options(compile=False, seconds=0, rounds=3, slowest=2)
+    # Ours has room, and so has the cross entropy; the first case shows one of them to be slow.
+    monkeypatch.setattr(cases, "available_bytes", lambda device: 5 * case.logits_bytes)
+    earlier = Timed(
+        case._replace(height=4), [Row(CROSS_ENTROPY, 1000, (0, 0), 1, (1, 1))], skipped={}
+    )
+    timed = speed.time_case(case, [earlier], machine, options)
+    assert timed.skipped == {
+        COMPILED: "--no-compile",
+        PUBLISHED: "needs about 0 GiB",
+        PLAIN: "needs about 0 GiB",
+        CROSS_ENTROPY: "would take about 4 s a call",
+    }
+    assert [row.competitor for row in timed.rows] == [OURS, speed.BYTES_FLOOR]
+    monkeypatch.setattr(cases, "available_bytes", lambda device: 0)
+    assert speed.time_case(case, [], machine, options).rows == []
+
+
+def test_a_compiler_that_fails_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(inputs: cases.Inputs) -> None:
+        raise RuntimeError("no C++ compiler\nmore about it")
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: fail)
+    case, options = Case("max_square", classes=3, height=8), Options(seconds=0, rounds=3)
+    timed = speed.time_case(case, [], speed.Machine(1e9, 1e9), options)
+    assert timed.skipped == {COMPILED: "RuntimeError: no C++ compiler"}
+    assert PLAIN in [row.competitor for row in timed.rows]
+
+
+def test_cases_after_the_time_limit_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speed.main([*TINY, "--quick", "--minutes", "0", "--out", str(tmp_path)])
+    document = json.loads((tmp_path / "speed-cpu.json").read_text())
+    measured = [bool(entry["rows"]) for entry in document["cases"]]
+    assert measured == [True] + [False] * 7
+    assert document["cases"][1]["skipped"] == {"all": "--minutes 0 are over"}
+    assert capsys.readouterr().out.count("all left out: --minutes 0 are over") == 7
+
+
+def test_claims_are_judged_by_the_ratio_at_their_own_case() -> None:
+    case = Case("max_square", classes=19, height=512)
+    timed = [
+        Timed(case, [Row(PLAIN, 3, (3, 3), 3, (3, 3))], {}),
+        Timed(case._replace(height=1024), [Row(PLAIN, 9, (9, 9), 9, (9, 9))], {}),
+    ]
+    claims = [Claim("max_square", False, PLAIN, 2.5), Claim("max_square", False, PLAIN, 4)]
+    assert [(v["measured"], v["met"]) for v in speed.judge(timed, claims)] == [
+        (3, True),
+        (3, False),
+    ]
+    assert speed.judge(timed, [Claim("max_square", True, PLAIN, 1)]) == []
+
+
+@pytest.mark.parametrize("axis", ["pixels", "classes"])
+def test_exponent_is_that_of_the_cost(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"pixels": [128, 512, 2048, 8192], "classes": [3, 6, 12, 24]}[axis]
+
+    def measure(runs: dict[str, Any], *_: object, **__: object) -> dict[str, list[float]]:
+        assert len(runs) == len(sizes)
+        return {name: [1e-6 * size**1.5] for name, size in zip(runs, sizes, strict=True)}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    scaling = speed.measure_scaling(Case("max_square", 3, 32), axis, Options())
+    assert scaling.sizes == sizes
+    assert scaling.exponent == pytest.approx(1.5)
+
+
+def test_floors_count_bytes_and_exponentials() -> None:
+    machine = speed.Machine(copied_bytes=1e6, exponentials=1e5)
+    whole = Case("max_square", classes=2, height=8)
+    assert speed.floors(whole, machine, heads=1) == {
+        speed.BYTES_FLOOR: 3 * (2 * 8 * 16 * 4) / 1e6,
+        speed.EXP_FLOOR: 2 * 8 * 16 / 1e5,
+    }
+    upsampled = whole._replace(upsampled=True, dtype="bfloat16")
+    assert speed.floors(upsampled, machine, heads=2) == {
+        speed.BYTES_FLOOR: 2 * 3 * (2 * 2 * 3 * 2) / 1e6,
+        speed.EXP_FLOOR: 2 * 2 * 8 * 16 / 1e5,
+    }
+
+
+# Memory
+
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@on_linux
+def test_memory_writes_what_a_tensor_of_known_size_confirms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables = dict(os.environ)
+    options = "--losses cross_entropy --classes 3 --heights 256 --threads 1 --device cpu".split()
+    assert memory.main([*options, "--out", str(tmp_path)]) == 0
+    assert dict(os.environ) == variables  # the allocator's settings are the measured processes'
+    output = capsys.readouterr().out
+    assert output.startswith("How much memory")
+    assert output.rstrip().endswith(f"{tmp_path}/memory-cpu.*")
+    assert (tmp_path / "memory-cpu.png").exists()
+    document = json.loads((tmp_path / "memory-cpu.json").read_text())
+    assert document["known_mib"]["measured"] == pytest.approx(memory.KNOWN_BYTES / 2**20, abs=2)
+    assert document["environment"]["threads"] == 1
+    for entry in document["cases"]:
+        case = Case(**entry["case"])
+        rows = {row["competitor"]: row for row in entry["rows"]}
+        assert list(rows) == [OURS, CROSS_ENTROPY]
+        # The probabilities and the gradient with respect to the full-resolution logits.
+        assert 2 <= rows[CROSS_ENTROPY]["full_logits"] < 6
+        for row in rows.values():
+            gradient = row["beyond_inputs"] - row["beyond_gradient"]
+            assert gradient == pytest.approx(case.given_bytes / 2**20, abs=0.01)
+
+
+@on_linux
+@pytest.mark.parametrize("upsampled", [False, True])
+def test_peak_memory_of_ours_is_small(upsampled: bool) -> None:
+    """About four times what was measured, and a third of the plain composition's peak."""
+    case = Case("max_square", classes=19, height=512, upsampled=upsampled)
+    row = memory.make_row(case, OURS, memory.measure("cpu", 2, memory.peak_bytes, case, OURS))
+    assert case.given_bytes / 2**20 <= row.beyond_inputs
+    if upsampled:
+        assert row.full_logits < 1
+    else:
+        assert row.beyond_gradient < 16
+
+
+def test_memory_claims_are_judged_at_their_own_case() -> None:
+    case = Case("max_square", classes=19, height=1024)
+    rows = [memory.make_row(case, OURS, case.logits_bytes + 20 * 2**20)]
+    (verdict,) = memory.judge([(case, rows), (case._replace(height=512), rows)])
+    assert (verdict["mib"], verdict["met"]) == (20, False)
+    upsampled = case._replace(upsampled=True)
+    (verdict,) = memory.judge([(upsampled, [memory.make_row(upsampled, OURS, 15 * 2**20)])])
+    assert verdict["met"]
+
+
+@pytest.mark.parametrize("script", [speed, memory])
+def test_a_wrong_option_is_refused(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_of:
+        script.main(["--dtypes", "int8"])
+    assert exit_of.value.code == 2
+    assert "int8" in capsys.readouterr().err
