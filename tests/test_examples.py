@@ -65,8 +65,12 @@ def train(out: Path, data_root: Path, *options: str) -> int:
 def run_script(out: Path, *options: str) -> subprocess.Popen[bytes]:
     """A tiny run in a process of its own."""
     command = [sys.executable, str(EXAMPLES / "train_uda.py"), *TINY, "--out", str(out), *options]
-    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, env=paths, stdout=subprocess.DEVNULL)
+    # Another number of threads adds in another order: bitwise equality needs that of this process.
+    same = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    return subprocess.Popen(command, env=os.environ | same, stdout=subprocess.DEVNULL)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -157,7 +161,7 @@ def test_faster_arithmetic_stays_close(
     options: list[str], tolerance: float, tmp_path: Path, data_root: Path
 ) -> None:
     steps = ["--source-steps", "1", "--steps", "0"]
-    for name, extra in (("plain", []), ("fast", options)):
+    for name, extra in (("plain", ["--no-channels-last"]), ("fast", options)):
         assert train(tmp_path / name, data_root, *steps, *extra) == 0
     plain, fast = (
         checkpoint.load(tmp_path / name / "source-only" / "last.pt") for name in ("plain", "fast")
@@ -403,10 +407,8 @@ def test_unparsable_command_line_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_info:
-        train_uda.main(options)
-    assert exit_info.value.code == 2
-    assert options[0] in capsys.readouterr().err
+    assert train_uda.main(options) == 2
+    assert options[0] in only_sentence(capsys)
     assert not list(tmp_path.iterdir())
 
 

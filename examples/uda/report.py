@@ -145,8 +145,12 @@ def command_line(form: type[T], arguments: Sequence[str] | None, **how: Any) -> 
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
-        told = itertools.takewhile(lambda line: not line.startswith("─"), lines)
+        # What is wrong, a rule, further help: in a box with a title, or in ASCII below the title.
+        boxed = complaint.getvalue().startswith("╭")
+        lines = [
+            line.strip("│ ") for line in complaint.getvalue().splitlines()[1 if boxed else 2 :]
+        ]
+        told = itertools.takewhile(lambda line: line.strip("─-"), lines)
         raise UserError(f"{' '.join(told).rstrip('.')}: --help explains every option.") from None
 
 
