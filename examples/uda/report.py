@@ -150,6 +150,7 @@ def command_line(form: type[T], arguments: Sequence[str] | None, **how: Any) -> 
         lines = [
             line.strip("│ ") for line in complaint.getvalue().splitlines()[1 if boxed else 2 :]
         ]
+        lines = [line.strip("│ ") for line in lines]
         told = itertools.takewhile(lambda line: line.strip("─-"), lines)
         raise UserError(f"{' '.join(told).rstrip('.')}: --help explains every option.") from None
 
