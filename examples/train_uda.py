@@ -122,6 +122,9 @@ def run(settings: Settings, console: Console) -> None:
     }
     if fabric.is_global_zero:
         write_results(source_only, adapted, job.validation, settings, console)
+    if fabric.world_size > 1:
+        # A process that exits with its connections open may abort.
+        torch.distributed.destroy_process_group()
 
 
 def start_fabric(settings: Settings) -> Fabric:

@@ -279,6 +279,8 @@ def _take_two_steps(fabric: lightning_fabric.Fabric, weights: Path) -> None:
         )
     if fabric.is_global_zero:
         torch.save(model.state_dict(), weights)
+    if fabric.world_size > 1:
+        torch.distributed.destroy_process_group()  # else the exit may abort
 
 
 def test_two_processes_with_half_a_batch_equal_one_with_all_of_it(tmp_path: Path) -> None:
