@@ -390,12 +390,15 @@ def _tsallis_loss(
             phi = phi * _look_up(_bin_weights(counts, ratio, phi.dtype), y)
         return _pixels(phi, logits, binary)
 
-    sums, counts = engine.accumulate(z, problem, valid=valid)
-    sums = factor * (sums + shift * counts)
     if ratio is None:
-        return _reduce(sums, counts, reduction)
-    weights = _bin_weights(counts if given is None else given, ratio, sums.dtype)
-    total = (weights * sums).sum()
+        sums, counts = engine.accumulate(z, problem, valid=valid)
+        return _reduce(factor * (sums + shift * counts), counts, reduction)
+
+    def weigh(counts: Tensor) -> Tensor:
+        return _bin_weights(counts if given is None else given, ratio, z.dtype)
+
+    sums, counts = engine.accumulate(z, problem, valid=valid, weigh=weigh)
+    total = factor * (sums.sum() + shift * (weigh(counts) * counts).sum())
     return total / max(len(sums), 1) if reduction == "mean" else total
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -70,8 +71,16 @@ def both_ways(
     return results
 
 
+def rare_ones_more(counts: Tensor) -> Tensor:
+    return 1 / (1 + counts.double())
+
+
+def weighted(engine: Any) -> Callable[..., Any]:
+    return partial(engine.accumulate, weigh=rare_ones_more)
+
+
 def assert_both_ways(z: Tensor, problem: Problem, arguments: dict[str, Any]) -> None:
-    for pick in (lambda engine: engine.accumulate, lambda engine: engine.terms):
+    for pick in (lambda engine: engine.accumulate, weighted, lambda engine: engine.terms):
         (value, gradient), (plain, plain_gradient) = both_ways(z, problem, arguments, pick)
         assert_close(value, plain)
         assert_close(gradient, plain_gradient)
@@ -159,7 +168,7 @@ def test_gradcheck_with_respect_to_the_logits_that_are_given(
     name: str, size: tuple[int, int] | None
 ) -> None:
     z, problem, arguments = case(name, (1, 3, 3, 4), size)
-    for run in (paths.accumulate, paths.terms):
+    for run in (paths.accumulate, weighted(paths), paths.terms):
         call = lambda z, run=run: run(z, problem, **arguments)[0]  # noqa: E731
         assert torch.autograd.gradcheck(call, z.requires_grad_())
         assert torch.autograd.gradgradcheck(call, z)
@@ -229,6 +238,32 @@ def test_nan_reaches_the_pixels_it_touches_and_no_other(name: str) -> None:
             not engine.accumulate(z, problem, **{**arguments, "valid": ~touched})[0].isnan().any()
         )
         assert engine.accumulate(z, problem, **{**arguments, "valid": touched})[0].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["max_square", "image_wise", "cross_entropy"])
+@pytest.mark.parametrize("size", [None, (9, 8)], ids=["as is", "upsampled"])
+@pytest.mark.parametrize("labels", [[-1, 0, 1, 3], [0, 2, 3]], ids=["some ignored", "all count"])
+def test_given_indices_count_for_every_potential(
+    name: str, size: tuple[int, int] | None, labels: list[int]
+) -> None:
+    z, problem, arguments = case(name, (2, 4, 3, 5), size)
+    choice = torch.randint(len(labels), arguments["valid"].shape)
+    arguments["labels"] = torch.tensor(labels)[choice]
+    assert_both_ways(z, problem._replace(ignore_index=1), arguments)
+
+
+def test_the_default_device_is_not_that_of_the_logits() -> None:
+    for name in PROBLEMS:
+        for size in (None, (9, 8)):
+            z, problem, arguments = case(name, (2, 4, 3, 5), size)
+            expected = both_ways(z, problem, arguments, weighted)[0]
+            with torch.device("meta"):
+                leaf = z.clone().requires_grad_()
+                value = weighted(paths)(leaf, problem, **arguments)[0]
+                (gradient,) = torch.autograd.grad(value.sum(), leaf)
+                assert paths.terms(z, problem, **arguments)[0].device == z.device
+            assert torch.equal(value.detach(), expected[0])
+            assert gradient.device == z.device
 
 
 @pytest.mark.parametrize("name", ["image_wise", "pseudo_label"])

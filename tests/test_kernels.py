@@ -69,11 +69,12 @@ def valid_for(z: Tensor, problem: Problem) -> Tensor:
 
 def assert_equal_to_plain(z: Tensor, problem: Problem, **maps: Any) -> None:
     """Sums and terms, indices and counts, and gradients for an upstream gradient that varies."""
-    for name in ("accumulate", "terms"):
+    weigh = {"weigh": lambda counts: 1 / (1 + counts.to(z.dtype))}
+    for name, how in (("accumulate", {}), ("accumulate", weigh), ("terms", {})):
         results = []
         for module in (engine, pixelwise):
             x = z.detach().requires_grad_()
-            value, *integers = getattr(module, name)(x, problem, **maps)
+            value, *integers = getattr(module, name)(x, problem, **maps, **how)
             upstream = random_logits(tuple(value.shape)).to(value)
             (slope,) = torch.autograd.grad(value, x, upstream)
             results.append((value.detach(), slope, integers))

@@ -6,6 +6,7 @@ float64: in float32 the position of a pixel far from the origin loses most of it
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -20,11 +21,15 @@ class Band(NamedTuple):
     weights: Tensor
 
 
+@functools.lru_cache(maxsize=64)
 def axis_bands(
     size: int, source_size: int, align_corners: bool, step: int, dtype: torch.dtype
-) -> list[Band]:
-    """The (size, source_size) interpolation matrix of one axis, cut into `step` rows each."""
-    position = torch.arange(size, dtype=torch.float64)
+) -> tuple[Band, ...]:
+    """The (size, source_size) interpolation matrix of one axis, cut into `step` rows each.
+
+    Kept, because a training loop asks for the same few of them in every step.
+    """
+    position = torch.arange(size, dtype=torch.float64, device="cpu")
     if align_corners:
         position *= (source_size - 1) / max(size - 1, 1)
     else:
@@ -38,8 +43,10 @@ def axis_bands(
     for start in range(0, size, step):
         out = slice(start, min(start + step, size))
         source = slice(int(low[out.start]), int(high[out.stop - 1]) + 1)
-        weights = torch.zeros(out.stop - out.start, source.stop - source.start, dtype=torch.float64)
+        weights = torch.zeros(
+            out.stop - out.start, source.stop - source.start, dtype=torch.float64, device="cpu"
+        )
         weights.scatter_add_(1, low[out] - source.start, 1 - share[out])
         weights.scatter_add_(1, high[out] - source.start, share[out])
         bands.append(Band(out, source, weights.to(dtype)))
-    return bands
+    return tuple(bands)

@@ -28,10 +28,12 @@ ROWS_PER_STRIP = 8
 class Swept(NamedTuple):
     """What one pass over the pixels gives.
 
-    sums, counts: (images, bins).
+    sums: of the potentials, (images, bins); weighted and of all bins, (images, 1), if there
+        are weights of bins.
+    counts: of the pixels, (images, bins); 0 if there are weights of classes, made of counts.
     y: the predicted index of every pixel (images, *spatial), narrow, with -1 as 255 in uint8;
-        None where neither the potential nor the bins need a prediction.
-    phi: the potential of every pixel, if asked for.
+        None where none is predicted, or if there are weights.
+    phi: the potential of every pixel, if asked for and without weights.
     slope: of the weighted sum of potentials with respect to z, if there are weights.
     """
 
@@ -66,14 +68,19 @@ def sweep(
     labelled = isinstance(problem.potential, Label)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     shape = (len(z), *(z.shape[2:] if problem.size is None else problem.size))
-    predicts = labels is None and (problem.by_class or labelled)
-    heads = _heads([z] if guide is None else [z, guide], problem, dtype, weights is not None)
+    predicts = labels is None and (problem.by_class or not isinstance(problem.potential, Tsallis))
+    sloped = weights is not None
+    heads = _heads([z] if guide is None else [z, guide], problem, dtype, sloped)
     source = heads[0]
 
-    sums = torch.zeros(len(z), classes if problem.by_class else 1, dtype=torch.float64)
-    counts = torch.zeros_like(sums, dtype=torch.long)
-    y_map = torch.empty(shape, dtype=index_dtype(classes)) if predicts else None
-    phi_map = torch.empty(shape, dtype=dtype) if per_pixel else None
+    bins = classes if problem.by_class else 1
+    sums = z.new_zeros(len(z), 1 if sloped else bins, dtype=torch.float64)
+    counts = z.new_zeros(len(z), bins, dtype=torch.long)
+    y_map = phi_map = None
+    if predicts and not sloped:
+        y_map = z.new_empty(shape, dtype=index_dtype(classes))
+    if per_pixel and not sloped:
+        phi_map = z.new_empty(shape, dtype=dtype)
     # Made once: fresh memory for every block would cost more than the arithmetic on it.
     spares = [torch.empty_like(source.buffer) for _ in range(2 if labelled and predicts else 1)]
     y_rows, phi_rows, label_rows, valid_rows = (
@@ -89,43 +96,48 @@ def sweep(
             head.start(n)
         for k in range(len(source.slices)):
             xs = [head.load(k) for head in heads]
+            spare, other = (spares[i][: xs[0].numel()].view_as(xs[0]) for i in (0, -1))
             counted = None if valid_rows is None else source.pixels(valid_rows, k)
-            y = None
+            y, strange = None, False
             if label_rows is not None:
-                y = source.pixels(label_rows, k).long()
-            if y is not None and labelled:
-                y = torch.where(y == problem.ignore_index, -1, y)
-                counted = y != -1 if counted is None else counted & (y != -1)
+                y, counted, strange = _given(
+                    source.pixels(label_rows, k), counted, problem, classes
+                )
             if counted is not None:
                 for x in xs:
                     x.masked_fill_(~counted.unsqueeze(1), 0)
 
-            spare, *other_spare = (buffer[: xs[0].numel()].view_as(xs[0]) for buffer in spares)
+            p = log_p = xs[0]
             if predicts and problem.threshold is None:
-                y = _argmax(xs[0], spare)
-            p, log_p = _probabilities(xs[0], problem, spare)
+                y = _argmax(p, spare)
+            if problem.potential is not None or problem.threshold is not None:
+                p, log_p = _probabilities(p, problem, spare)
             if predicts and y is None:
-                y = _index(xs, p, problem, *other_spare)
+                y, counted, strange = _confident(xs[1:], p, counted, problem, other)
             if y_rows is not None and y is not None:
-                source.pixels(y_rows, k).copy_(y)
-                if labelled:
-                    counted = y != -1 if counted is None else counted & (y != -1)
-            phi, slope, factor = _potential(p, log_p, y, problem, weights is not None, spare)
+                source.pixels(y_rows, k).copy_(y if counted is None else y.where(counted, -1))
+            if not (sloped and problem.by_class):
+                _count(counts[n], xs[0][:, 0], y, counted)
+            if problem.potential is None:
+                continue
+
+            phi, slope, factor = _potential(p, log_p, y, strange, problem, sloped, spare)
             if counted is not None:
-                phi = torch.where(counted, phi, 0)
-            _add_to_bins(sums[n], counts[n], phi, y, counted)
+                phi = phi.where(counted, 0)
             if phi_rows is not None:
                 source.pixels(phi_rows, k).copy_(phi)
-
-            if weights is not None:
-                w = source.pixels(weights, k) if per_pixel else _of_bins(weights[n], y)
-                w = w * factor
-                if counted is not None:
-                    w = torch.where(counted, w, 0)
-                if labelled:
-                    # An index that is no class shows in the gradient as it does in the sum.
-                    w = torch.where(phi.isnan(), phi, w)
-                source.deposit(slope, w, k)
+            if weights is None:
+                _add_to_bins(sums[n], phi, y)
+                continue
+            w = source.pixels(weights, k) if per_pixel else _of_bins(weights[n], y)
+            if not per_pixel:
+                sums[n] += (w * phi).sum()
+            if counted is not None:
+                w = w.where(counted, 0)
+            if strange:
+                # An index that is no class shows in the gradient as it does in the sum.
+                w = torch.where(phi.isnan(), phi, w)
+            source.deposit(slope, w, factor, k)
         source.finish()
     return Swept(sums.to(dtype), counts, y_map, phi_map, source.slope)
 
@@ -136,15 +148,34 @@ def _rows(pixels: Tensor, length: int) -> Tensor:
     return pixels.reshape(len(pixels), length, rest)
 
 
+def _given(
+    labels: Tensor, counted: Tensor | None, problem: Problem, classes: int
+) -> tuple[Tensor, Tensor | None, bool]:
+    """The indices of a block, which of them count, and whether one that counts is no class.
+
+    One that does not count is 0.
+    """
+    y, ignore = labels.long(), problem.ignore_index
+    least, most = torch.aminmax(y)
+    if least >= 0 and most < classes and not 0 <= ignore < classes:
+        return y, counted, False
+    counts = (y != -1) & (y != ignore)
+    counted = counts if counted is None else counted & counts
+    strange = counted & ((y < 0) | (y >= classes))
+    if problem.by_class:
+        counted = counted & ~strange
+    return y.masked_fill(~counted, 0), counted, bool(strange.any()) and not problem.by_class
+
+
 def _probabilities(x: Tensor, problem: Problem, spare: Tensor) -> tuple[Tensor, Tensor]:
     """p and log p, in the place of x or spare.
 
-    Cross entropy gets the logits instead of log p, squares get p for a logarithm they ignore.
+    Cross entropy gets the logits instead of log p; where no logarithm is wanted p stands for it.
     """
     potential = problem.potential
     if isinstance(potential, Label) and problem.from_logits:
         return torch.softmax(x, 1, out=spare), x
-    if isinstance(potential, Tsallis) and potential.q == 2:
+    if potential is None or (isinstance(potential, Tsallis) and potential.q == 2):
         p = torch.softmax(x, 1, out=x) if problem.from_logits else x
         return p, p
     if not problem.from_logits:
@@ -153,15 +184,24 @@ def _probabilities(x: Tensor, problem: Problem, spare: Tensor) -> tuple[Tensor, 
     return torch.exp(log_p, out=spare), log_p
 
 
-def _index(xs: list[Tensor], p: Tensor, problem: Problem, spare: Tensor) -> Tensor:
-    """`pixelwise.predict` of a block under a threshold; a guide's logits are overwritten."""
+def _confident(
+    guides: list[Tensor], p: Tensor, counted: Tensor | None, problem: Problem, spare: Tensor
+) -> tuple[Tensor, Tensor, bool]:
+    """`pixelwise.predict` of a block under a threshold, as `_given` returns it.
+
+    Overwrites the guides' logits, and p without guides only if that is the spare.
+    """
     assert problem.threshold is not None
     best, mean = p.amax(1), p
-    for x in xs[1:]:
+    for x in guides:
         guide_p = torch.softmax(x, 1, out=x) if problem.from_logits else x
         best, mean = torch.maximum(best, guide_p.amax(1)), guide_p.add_(p)
-    y = _argmax(mean, spare).masked_fill_(best <= problem.threshold, -1)
-    return y.masked_fill_(best.isnan(), p.shape[1])
+    y = _argmax(mean, spare)
+    strange = math.isnan(best.max())
+    if strange:
+        y.masked_fill_(best.isnan(), p.shape[1])
+    accepted = (best <= problem.threshold).logical_not_()
+    return y, accepted if counted is None else accepted & counted, strange
 
 
 def _argmax(x: Tensor, spare: Tensor) -> Tensor:
@@ -169,7 +209,7 @@ def _argmax(x: Tensor, spare: Tensor) -> Tensor:
     classes = x.shape[1]
     hit = torch.eq(x, x.amax(1, keepdim=True), out=spare)
     # One hit at class c sums up to C + c; none (NaN) gives 0, and several at least 2 C.
-    codes = torch.arange(classes, 2 * classes, dtype=x.dtype).unsqueeze(1)
+    codes = torch.arange(classes, 2 * classes, dtype=x.dtype, device="cpu").unsqueeze(1)
     code = hit.mul_(codes).sum(1)
     least, most = torch.aminmax(code)
     if least < classes or most >= 2 * classes:
@@ -178,10 +218,16 @@ def _argmax(x: Tensor, spare: Tensor) -> Tensor:
 
 
 def _potential(
-    p: Tensor, log_p: Tensor, y: Tensor | None, problem: Problem, sloped: bool, spare: Tensor
+    p: Tensor,
+    log_p: Tensor,
+    y: Tensor | None,
+    strange: bool,
+    problem: Problem,
+    sloped: bool,
+    spare: Tensor,
 ) -> tuple[Tensor, Tensor, float]:
     """phi (R, B); if asked for, its slope (R, C, B) and a factor on it. Overwrites all it can."""
-    potential = problem.potential
+    potential, tiny = problem.potential, torch.finfo(p.dtype).tiny
     if isinstance(potential, Tsallis):
         q, a, t = potential.q, potential.shift, potential.shifted_log(p, log_p)
         if problem.from_logits:
@@ -192,48 +238,53 @@ def _potential(
         power = (q - 1) * t + (0 if a else 1)
         if not a:
             # There L is held constant.
-            power.mul_(p >= torch.finfo(p.dtype).tiny)
+            power.mul_(p >= tiny)
         slope = power.add_(t)
         if not (a or q == 1):
             slope.add_(1 / (q - 1))
         return potential.value(p, log_p), slope, -1
     assert y is not None
-    known = (y >= -1) & (y < p.shape[1])
-    c = y.clamp(0, p.shape[1] - 1).unsqueeze(1)
+    c = (y.clamp(0, p.shape[1] - 1) if strange else y).unsqueeze(1)
     p_y = p.gather(1, c)
     if problem.from_logits:
         phi = p_y.log().neg_()
-        if bool((p_y < torch.finfo(p.dtype).tiny).any()):
+        if p_y.amin() < tiny:
             # Rounded away: from the logits (here log_p) instead.
             top = log_p.amax(1, keepdim=True), p.amax(1, keepdim=True)
             phi = (top[0] - log_p.gather(1, c)).sub_(top[1].log_())
-        slope = p.scatter_(1, c, p_y - 1) if sloped else p
+        slope = p.scatter_(1, c, p_y.sub_(1)) if sloped else p
     else:
         phi = log_p.gather(1, c).neg_()
-        p_y = torch.where(p_y >= torch.finfo(p.dtype).tiny, -1 / p_y, 0)
+        p_y = torch.where(p_y >= tiny, -1 / p_y, 0)
         slope = torch.zeros_like(p).scatter_(1, c, p_y)
-    return torch.where(known, phi.squeeze(1), math.nan), slope, 1
+    phi = phi.squeeze(1)
+    if strange:
+        phi.masked_fill_((y < 0) | (y >= p.shape[1]), math.nan)
+    return phi, slope, 1
 
 
-def _add_to_bins(
-    sums: Tensor, counts: Tensor, phi: Tensor, y: Tensor | None, counted: Tensor | None
-) -> None:
-    if len(sums) == 1 or y is None:
-        sums += phi.sum()
-        counts += phi.numel() if counted is None else counted.sum()
+def _count(counts: Tensor, pixels: Tensor, y: Tensor | None, counted: Tensor | None) -> None:
+    if len(counts) == 1 or y is None:
+        counts += pixels.numel() if counted is None else counted.sum()
         return
     # What does not count goes into one more bin, which is dropped.
-    bins = len(sums)
-    y = (y if counted is None else torch.where(counted, y, bins)).flatten()
-    sums += torch.bincount(y, phi.flatten().to(sums.dtype), minlength=bins + 1)[:bins]
-    counts += torch.bincount(y, minlength=bins + 1)[:bins]
+    bins = len(counts)
+    y = y if counted is None else y.where(counted, bins)
+    counts += torch.bincount(y.flatten(), minlength=bins + 1)[:bins]
+
+
+def _add_to_bins(sums: Tensor, phi: Tensor, y: Tensor | None) -> None:
+    if len(sums) == 1 or y is None:
+        sums += phi.sum()
+    else:
+        sums += torch.bincount(y.flatten(), phi.flatten().to(sums.dtype), minlength=len(sums))
 
 
 def _of_bins(weights: Tensor, y: Tensor | None) -> Tensor:
     """Each pixel's weight, from those of the bins (bins,) of its image."""
     if len(weights) == 1 or y is None:
         return weights
-    return weights.index_select(0, y.clamp_min(0).flatten()).view_as(y)
+    return weights.index_select(0, y.flatten()).view_as(y)
 
 
 class _Whole:
@@ -246,13 +297,13 @@ class _Whole:
         self.z = z.flatten(2) if flat else z
         self.slope = torch.empty_like(z) if sloped else None
         if self.slope is not None and flat and not is_flat(self.slope):
-            self.slope = torch.empty(z.shape, dtype=z.dtype)
+            self.slope = z.new_empty(z.shape, dtype=z.dtype)
         self.slope_rows = self.slope.flatten(2) if self.slope is not None and flat else self.slope
         self.length = self.z.shape[2]
         self.classes, rest = 2 if problem.binary else z.shape[1], math.prod(self.z.shape[3:])
         step = max(1, _block_elements(dtype) // (self.classes * max(rest, 1)))
         self.slices = [slice(i, min(i + step, self.length)) for i in range(0, self.length, step)]
-        self.buffer = torch.empty(self.classes * min(step, self.length) * rest, dtype=dtype)
+        self.buffer = z.new_empty(self.classes * min(step, self.length) * rest, dtype=dtype)
         self.n = 0
 
     def start(self, n: int) -> None:
@@ -270,9 +321,10 @@ class _Whole:
         x[0, : len(block)].view(block.shape).copy_(block)
         return _complete(x, self.from_logits) if self.binary else x
 
-    def deposit(self, slope: Tensor, w: Tensor, k: int) -> None:
-        """Write the slope of block k, times w, into the gradient."""
+    def deposit(self, slope: Tensor, w: Tensor, factor: float, k: int) -> None:
+        """Write the slope of block k, times w and factor, into the gradient."""
         assert self.slope_rows is not None
+        w = w * factor
         out = self.slope_rows[self.n, :, self.slices[k]]
         slope = _channels(slope, self.binary, self.from_logits)[0].view(out.shape)
         w = w.view(out.shape[1:]) if w.dim() == 2 else w
@@ -306,11 +358,11 @@ class _Upsampled:
         self.row_bands = axis_bands(self.length, height, align, step, dtype)
         self.column_bands = axis_bands(self.width, width, align, columns, dtype)
         self.slices = [band.out for band in self.row_bands]
-        self.buffer = torch.empty(step * self.classes * self.width, dtype=dtype)
+        self.buffer = z.new_empty(step * self.classes * self.width, dtype=dtype)
         self.strips = _strips([band.source for band in self.row_bands])
         rows = max(strip.stop - strip.start for strip in self.strips)
         # The open strip, wide but low: (rows, channels, width of the result).
-        self.wide = torch.empty(rows, channels, self.width, dtype=dtype)
+        self.wide = z.new_empty(rows, channels, self.width, dtype=dtype)
         self.wide_slope = torch.empty_like(self.wide) if sloped else None
         self.slope = torch.zeros_like(z, dtype=dtype) if sloped else None
         self.n, self.strip = 0, slice(0)
@@ -338,11 +390,13 @@ class _Upsampled:
         x[:, :channels] = (band.weights @ low).view(-1, channels, self.width)
         return _complete(x, self.from_logits)
 
-    def deposit(self, slope: Tensor, w: Tensor, k: int) -> None:
-        """Add the slope of block k, times w, to the gradient of the rows it came from."""
+    def deposit(self, slope: Tensor, w: Tensor, factor: float, k: int) -> None:
+        """Add the slope of block k, times w and factor, to that of the rows it came from."""
         assert self.wide_slope is not None
-        factor = 1.0 if w.dim() == 2 else float(w)
-        slope = slope.mul_(w.unsqueeze(1)) if w.dim() == 2 else slope
+        if w.dim() == 2:
+            slope = slope.mul_(w.unsqueeze(1))
+        else:
+            factor *= float(w)
         slope = _channels(slope, self.binary, self.from_logits).flatten(1)
         weights = self.row_bands[k].weights.t()
         self._of_strip(self.wide_slope, k).addmm_(weights, slope, alpha=factor)

@@ -51,6 +51,8 @@ class Form:
     """What a kernel is compiled for.
 
     q, shift, normalised: those of `Tsallis`; q is None for cross entropy.
+    index_only: no potential.
+    bins: of an image that are summed: those of its classes, or one.
     weighted_pixels: the weights are those of pixels, not of bins.
     flat: the spatial dimensions are one (if not upsampled).
     same_cells: the guide has the cells of z (if upsampled).
@@ -59,6 +61,7 @@ class Form:
     """
 
     q: float | None
+    index_only: bool
     shift: float
     normalised: bool
     threshold: float | None
@@ -66,6 +69,7 @@ class Form:
     binary: bool
     from_logits: bool
     by_class: bool
+    bins: int
     predicts: bool
     weighted_pixels: bool
     upsampled: bool
@@ -322,14 +326,13 @@ def _sweep(
 ):  # fmt: skip
     """All of `sweep` for a tile of pixels; the slope, and the bins, of one chunk of classes."""
     chunks: tl.constexpr = (form.classes + form.block_c - 1) // form.block_c
-    bins: tl.constexpr = form.classes if form.by_class else 1
     channels: tl.constexpr = 1 if form.binary else form.classes
     program = tl.program_id(0).to(tl.int64)
     chunk = (program % chunks).to(tl.int32) + tl.zeros([1, 1], tl.int32)
     tile = program // chunks % tiles
     n = program // chunks // tiles
     c = chunk * form.block_c + tl.arange(0, form.block_c)[:, None]
-    b = c if form.by_class else chunk
+    b = c if form.bins > 1 else chunk
 
     if form.upsampled:
         i = (tile // z_columns[3]).to(form.position)
@@ -383,23 +386,29 @@ def _sweep(
             y = tl.where(known, label, form.classes).to(tl.int32)
             seen &= y != -1
 
-        m, Z = _normaliser(z, seen, form)
+        m, Z = None, None
+        if not form.index_only or form.threshold is not None:
+            m, Z = _normaliser(z, seen, form)
         if form.predicts:
             y = _predict(z, m, Z, guide, seen, form)
         counted = seen & (y != -1)
-        phi, total = _potential(z, m, Z, y, seen, form)
-        phi = tl.where(counted, phi, 0.0)
-        hit = counted & (y == c) if form.by_class else counted
-        sums += tl.where(hit, phi, 0.0)
+        hit = counted & (y == c) if form.bins > 1 else counted
         counts += hit.to(tl.int32)
+        if not form.index_only:
+            phi, total = _potential(z, m, Z, y, seen, form)
+            phi = tl.where(counted, phi, 0.0)
+            if weights_ptr is None:
+                sums += tl.where(hit, phi, 0.0)
         if weights_ptr is not None:
             if form.weighted_pixels:
                 w = tl.load(weights_ptr + pixel, mask=inside, other=0)
             elif form.by_class:
-                w = tl.load(weights_ptr + n * bins + y, mask=counted & (y < bins), other=0)
+                known = counted & (y < form.classes)
+                w = tl.load(weights_ptr + n * form.classes + y, mask=known, other=0)
             else:
                 w = tl.load(weights_ptr + n)
             w = tl.where(counted, w, 0.0)
+            sums += w * phi
             if form.q is None:
                 # An index that is no class shows in the gradient as it does in the sum.
                 w = tl.where(phi == phi, w, phi)
@@ -421,9 +430,9 @@ def _sweep(
         if phi_ptr is not None:
             tl.store(phi_ptr + pixel, phi, mask=inside & (chunk == 0))
 
-    partial = (n * tiles + tile) * bins + b
-    tl.store(sums_ptr + partial, tl.sum(sums, 1, keep_dims=True), mask=b < bins)
-    tl.store(counts_ptr + partial, tl.sum(counts, 1, keep_dims=True), mask=b < bins)
+    partial = (n * tiles + tile) * form.bins + b
+    tl.store(sums_ptr + partial, tl.sum(sums, 1, keep_dims=True), mask=b < form.bins)
+    tl.store(counts_ptr + partial, tl.sum(counts, 1, keep_dims=True), mask=b < form.bins)
     if weights_ptr is not None and form.upsampled:
         at, s = slope_ptr, slope_strides
         _store_corner(at, s, top_left, n, c, channels, i, j, z_rows, z_columns)
@@ -452,6 +461,8 @@ def sweep(
     tsallis = problem.potential if isinstance(problem.potential, Tsallis) else None
     classes = 2 if problem.binary else z.shape[1]
     predicts = labels is None and (problem.by_class or tsallis is None)
+    sloped = weights is not None
+    bins = classes if problem.by_class and not sloped else 1
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     shape = (len(z), *(problem.size or z.shape[2:]))
     length = math.prod(shape[1:])
@@ -471,19 +482,20 @@ def sweep(
         tiles, per_warp = z.shape[2] * z.shape[3], UPSAMPLED_PER_WARP
         block_m = max(2 * per_warp // block_c, MIN_CELL_PIXELS)
         block_m = min(block_m, triton.next_power_of_2(triton.cdiv(length, tiles)))
-        if weights is not None:
+        if sloped:
             # A map for each corner: the first row (column) is no cell's lower (right) one.
             slope = z.new_zeros(2, 2, *z.shape, dtype=dtype)
     else:
         per_warp = ELEMENTS_PER_WARP
         block_m = min(max(per_warp // block_c, MIN_PIXELS), MAX_PIXELS)
         tiles = triton.cdiv(length, block_m)
-        if weights is not None:
+        if sloped:
             slope = torch.empty_like(z)
     maps = [head for head in (*heads, slope) if head is not None]
     flat = problem.size is None and all(map(is_flat, maps))
     form = Form(
         q=None if tsallis is None else tsallis.q,
+        index_only=problem.potential is None,
         shift=0.0 if tsallis is None else tsallis.shift,
         normalised=tsallis is None or tsallis.normalised,
         threshold=problem.threshold,
@@ -491,6 +503,7 @@ def sweep(
         binary=problem.binary,
         from_logits=problem.from_logits,
         by_class=problem.by_class,
+        bins=bins,
         predicts=predicts,
         weighted_pixels=per_pixel,
         upsampled=problem.size is not None,
@@ -504,11 +517,10 @@ def sweep(
         position=tl.int64 if vast else tl.int32,
     )
 
-    bins = classes if problem.by_class else 1
     sums = z.new_empty(len(z), tiles, bins, dtype=dtype)
     counts = z.new_empty(len(z), tiles, bins, dtype=torch.int32)
-    y = z.new_empty(shape, dtype=index_dtype(classes)) if predicts else None
-    phi = z.new_empty(shape, dtype=dtype) if per_pixel else None
+    y = z.new_empty(shape, dtype=index_dtype(classes)) if predicts and not sloped else None
+    phi = z.new_empty(shape, dtype=dtype) if per_pixel and not sloped else None
     if len(z) and length:
         with torch.cuda.device_of(z):
             _sweep[(len(z) * tiles * triton.cdiv(classes, block_c),)](

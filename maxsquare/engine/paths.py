@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -47,12 +48,15 @@ def accumulate(
     guide: Tensor | None = None,
     labels: Tensor | None = None,
     valid: Tensor | None = None,
+    weigh: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`pixelwise.accumulate` by the fastest path."""
     path = choose_path(z, guide, labels, valid)
     if path is None:
-        return pixelwise.accumulate(z, problem, guide=guide, labels=labels, valid=valid)
-    sums, counts, _, _ = _Sweep.apply(z, guide, labels, valid, problem, path, False)
+        return pixelwise.accumulate(
+            z, problem, guide=guide, labels=labels, valid=valid, weigh=weigh
+        )
+    sums, counts, _, _ = _Sweep.apply(z, guide, labels, valid, problem, path, False, weigh)
     return sums, counts
 
 
@@ -68,7 +72,7 @@ def terms(
     path = choose_path(z, guide, labels, valid)
     if path is None:
         return pixelwise.terms(z, problem, guide=guide, labels=labels, valid=valid)
-    _, _, y, phi = _Sweep.apply(z, guide, labels, valid, problem, path, True)
+    _, _, y, phi = _Sweep.apply(z, guide, labels, valid, problem, path, True, None)
     if labels is not None:
         y = torch.where(labels == problem.ignore_index, -1, labels.long())
     y = torch.zeros_like(phi, dtype=torch.long) if y is None else _widen(y)
@@ -83,6 +87,7 @@ def predict(
     path = choose_path(z, guide, valid)
     if path is None:
         return pixelwise.predict(z, problem, guide=guide, valid=valid)
+    problem = problem._replace(potential=None)
     y = _widen(_sweep(path, z, problem, guide=guide, valid=valid).y)
     return y if valid is None else torch.where(valid, y, -1)
 
@@ -100,12 +105,12 @@ def _widen(y: Tensor) -> Tensor:
 
 
 class _Sweep(torch.autograd.Function):
-    """Bins (sums, counts), or the potential of every pixel; linear memory, deterministic.
+    """Sums and counts of bins, or the potential of every pixel; linear memory, deterministic.
 
-    Without upsampling the slope is recomputed in the backward pass: the weights of the bins
-    are not known before the image ends, and a slope stored would be as large as the logits.
-    Upsampled logits are small: with one bin, whose weight is a common factor, their slope is
-    taken in the same pass as the sums.
+    Without upsampling the slope is recomputed in the backward pass: a slope stored would be as
+    large as the logits. Upsampled logits are small, and so is their slope: it is taken in the
+    same pass as the sums as soon as the weights of the bins are known. Those of classes come
+    from counts, for which a pass that only looks for the largest logits is enough.
     """
 
     @staticmethod
@@ -118,21 +123,25 @@ class _Sweep(torch.autograd.Function):
         problem: Problem,
         path: Any,
         per_pixel: bool,
+        weigh: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        at_once = problem.size is not None and not problem.by_class and not per_pixel
-        weights = z.new_ones(len(z), 1) if at_once and ctx.needs_input_grad[0] else None
-        swept = _sweep(
-            path,
-            z,
-            problem,
-            guide=guide,
-            labels=labels,
-            valid=valid,
-            weights=weights,
-            per_pixel=per_pixel,
-        )
-        ctx.save_for_backward(z, guide, labels, valid, swept.y, swept.slope)
-        ctx.problem, ctx.path, ctx.per_pixel = problem, path, per_pixel
+        given = {"guide": guide, "labels": labels, "valid": valid}
+        ctx.problem, ctx.path, ctx.per_pixel, ctx.weigh = problem, path, per_pixel, weigh
+        weights, pass_over = None, functools.partial(_sweep, path, z)
+        at_once = problem.size is not None and not per_pixel and ctx.needs_input_grad[0]
+        if at_once and weigh is not None:
+            indices = pass_over(problem._replace(potential=None), **given)
+            weights = weigh(indices.counts)
+            decided, given = _decided(problem, indices.y, given)
+            swept = pass_over(decided, **given, weights=weights)._replace(counts=indices.counts)
+        elif at_once and not problem.by_class:
+            swept = pass_over(problem, **given, weights=z.new_ones(len(z), 1))
+        else:
+            swept = pass_over(problem, **given, per_pixel=per_pixel)
+            if weigh is not None:
+                weights = weigh(swept.counts)
+                swept = swept._replace(sums=(weights * swept.sums).sum(1, keepdim=True))
+        ctx.save_for_backward(z, guide, labels, valid, swept.y, weights, swept.slope)
         ctx.mark_non_differentiable(*(t for t in (swept.counts, swept.y) if t is not None))
         return swept.sums, swept.counts, swept.y, swept.phi
 
@@ -140,28 +149,38 @@ class _Sweep(torch.autograd.Function):
     def backward(
         ctx: Any, sums_grad: Tensor, _counts: None, _y: None, phi_grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        z, guide, labels, valid, y, slope = ctx.saved_tensors
+        z, guide, labels, valid, y, weights, slope = ctx.saved_tensors
         problem = ctx.problem
         upstream = phi_grad if ctx.per_pixel else sums_grad
         if torch.is_grad_enabled():
             # A graph of the gradient is wanted: the plain formula has one.
-            plain = pixelwise.terms if ctx.per_pixel else pixelwise.accumulate
-            value = plain(z, problem, guide=guide, labels=labels, valid=valid)[0]
+            given = {"guide": guide, "labels": labels, "valid": valid}
+            if ctx.per_pixel:
+                value = pixelwise.terms(z, problem, **given)[0]
+            else:
+                value = pixelwise.accumulate(z, problem, **given, weigh=ctx.weigh)[0]
             (slope,) = torch.autograd.grad(value, z, upstream, create_graph=True)
         elif slope is not None:
             slope = slope * upstream.view(-1, *[1] * (z.dim() - 1))
         else:
-            if y is not None:
-                # The forward pass has decided every index, ties included.
-                problem = problem._replace(ignore_index=255 if y.dtype == torch.uint8 else -1)
-                guide, labels = None, y
+            given = {"guide": guide, "labels": labels, "valid": valid}
+            problem, given = _decided(problem, y, given)
             slope = _sweep(
                 ctx.path,
                 z,
                 problem,
-                labels=labels,
-                valid=valid,
-                weights=upstream,
+                **given,
+                weights=upstream if weights is None else upstream * weights,
                 per_pixel=ctx.per_pixel,
             ).slope
-        return slope.to(z.dtype), None, None, None, None, None, None
+        return slope.to(z.dtype), None, None, None, None, None, None, None
+
+
+def _decided(
+    problem: Problem, y: Tensor | None, given: dict[str, Tensor | None]
+) -> tuple[Problem, dict[str, Tensor | None]]:
+    """The problem and its tensors when a sweep has decided every index, ties included."""
+    if y is None:
+        return problem, given
+    problem = problem._replace(ignore_index=255 if y.dtype == torch.uint8 else -1)
+    return problem, {"labels": y, "valid": given["valid"]}

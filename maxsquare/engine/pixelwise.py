@@ -7,6 +7,7 @@ index of -1 means that the pixel does not count, any other outside 0..C-1 makes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,13 +23,14 @@ LOWEST_LOGIT = -1e30
 class Problem(NamedTuple):
     """Everything about a sum of potentials that is not a tensor.
 
+    potential: None if only the indices are wanted.
     binary: z holds one channel, a two-class problem with logits (z, 0).
     by_class: one bin per image and class rather than one per image.
     threshold: pixels not above this confidence have no index; None accepts every pixel.
     ignore_index: label that means -1.
     """
 
-    potential: Tsallis | Label
+    potential: Tsallis | Label | None
     size: tuple[int, int] | None = None
     align_corners: bool = False
     binary: bool = False
@@ -45,18 +47,22 @@ def accumulate(
     guide: Tensor | None = None,
     labels: Tensor | None = None,
     valid: Tensor | None = None,
+    weigh: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum the potentials of the pixels that count into bins: sums and counts, (N, bins).
 
     guide: logits of a second head, averaged into the prediction.
     labels: (N, *spatial) indices that take the prediction's place.
+    weigh: weights of the bins, (N, bins), from their counts; the sums are then weighted and
+        those of all bins, (N, 1).
     """
     phi, y, counted = terms(z, problem, guide=guide, labels=labels, valid=valid)
     phi, y, counted = (t.flatten(1).unsqueeze(1) for t in (phi, y, counted))
     if problem.by_class:
         classes = torch.arange(2 if problem.binary else z.shape[1], device=z.device)
         counted = counted & (y == classes.unsqueeze(1))
-    return torch.where(counted, phi, 0).sum(2), counted.sum(2)
+    sums, counts = torch.where(counted, phi, 0).sum(2), counted.sum(2)
+    return sums if weigh is None else (weigh(counts) * sums).sum(1, keepdim=True), counts
 
 
 def terms(
@@ -80,6 +86,7 @@ def terms(
     else:
         y = torch.zeros_like(z[:, 0], dtype=torch.long)
     counted = y != -1 if valid is None else valid & (y != -1)
+    assert problem.potential is not None
     phi = problem.potential.value(*_probabilities(z, problem), y)
     return torch.where(counted, phi, 0), y, counted
 
