@@ -6,7 +6,8 @@ the same defaults; formulas, shapes and errors are told there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,25 @@ from maxsquare.potentials import Label, Tsallis
 Size = int | Sequence[int] | None
 
 
+class _Definition(NamedTuple):
+    """A target loss: factor (S_q + shift) per pixel.
+
+    published: times 1 / C, what the published code multiplies its image-wise form by.
+    """
+
+    q: float
+    factor: float = 1
+    shift: float = 0
+    published: float = 1
+
+
+_ENTROPY = _Definition(1)
+# The sum of squares is 1 - S_2; the published image-wise code leaves out the half.
+_MAX_SQUARE = _Definition(2, factor=0.5, shift=-1, published=2)
+# The options that a guidance takes from the target loss that it stands beside.
+_COMMON = ("reduction", "activation", "from_logits")
+
+
 def max_square(
     logits: Tensor,
     *,
@@ -45,11 +65,7 @@ def max_square(
     """-1/2 sum_c p_c^2: `maxsquare.MaxSquareLoss`; with a ratio, `maxsquare.IWMaxSquareLoss`."""
     return _tsallis_loss(
         logits,
-        q=2,
-        # The sum of squares is 1 - S_2; the published image-wise code leaves out the half.
-        factor=0.5,
-        shift=-1,
-        published=1 if ratio is None else 2,
+        _MAX_SQUARE,
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -80,7 +96,7 @@ def entropy(
     """-sum_c p_c log p_c: `maxsquare.EntropyLoss`; with a ratio, `maxsquare.IWEntropyLoss`."""
     return _tsallis_loss(
         logits,
-        q=1,
+        _ENTROPY,
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -112,7 +128,7 @@ def tsallis_entropy(
     """(1 - sum_c p_c^q) / (q - 1): `maxsquare.TsallisEntropyLoss`."""
     return _tsallis_loss(
         logits,
-        q=q,
+        _Definition(q),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -233,6 +249,37 @@ def guidance_loss(
     return torch.stack(losses).sum(0)
 
 
+def multi_level_loss(
+    logits: Tensor,
+    low_logits: Tensor | Sequence[Tensor],
+    target: Callable[..., Tensor] = max_square,
+    *,
+    threshold: float = 0.95,
+    weight: float = 0.1,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    labels: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The final head's target loss plus weighted guidance: `maxsquare.MultiLevelLoss`.
+
+    target: `max_square`, `entropy`, `tsallis_entropy` or `pseudo_label_loss`, with its options.
+    """
+    check_options(threshold=threshold, weight=weight)
+    definition = {max_square: _MAX_SQUARE, entropy: _ENTROPY}.get(target)
+    if target is tsallis_entropy and "q" in options:
+        definition = _Definition(options.pop("q"))
+    call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
+    several = isinstance(low_logits, Sequence) and len(low_logits) > 1
+    if definition is None or several or options.get("reduction") == "none":
+        common = {name: options[name] for name in _COMMON if name in options}
+        guidance = guidance_loss(logits, low_logits, threshold=threshold, **call, **common)
+        return target(logits, **call, labels=labels, **options) + weight * guidance
+    call |= {"low_logits": low_logits, "threshold": threshold, "weight": weight, "labels": labels}
+    return _tsallis_loss(logits, definition, **call, **options)
+
+
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -335,23 +382,24 @@ def image_weights(
 
 def _tsallis_loss(
     logits: Tensor,
+    definition: _Definition,
     *,
-    q: float,
-    factor: float = 1,
-    shift: float = 0,
-    published: float = 1,
-    ratio: float | None,
-    size: Size,
-    align_corners: bool,
-    valid: Tensor | None,
-    labels: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    scale: str,
-    activation: str,
-    from_logits: bool,
+    low_logits: Tensor | Sequence[Tensor] | None = None,
+    threshold: float | None = None,
+    weight: float = 0,
+    ratio: float | None = None,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    scale: str = "paper",
+    activation: str = "softmax",
+    from_logits: bool = True,
 ) -> Tensor:
-    """factor (S_q + shift) per pixel, reduced; the published code's scale is `published` / C."""
+    """The loss of a definition, reduced; with low-level heads, plus their weighted guidance."""
+    q, factor, shift, published = definition
     check_options(
         reduction=reduction,
         scale=scale,
@@ -377,7 +425,7 @@ def _tsallis_loss(
     problem = Problem(potential, size, align_corners, binary, from_logits, by_class=image_wise)
     classes = 2 if binary else z.shape[1]
     if scale == "reference":
-        factor *= published / classes
+        factor *= (published if image_wise else 1) / classes
     given = None
     if labels is not None:
         given = _label_counts(labels, logits, binary, ignore_index, valid)
@@ -390,16 +438,24 @@ def _tsallis_loss(
             phi = phi * _look_up(_bin_weights(counts, ratio, phi.dtype), y)
         return _pixels(phi, logits, binary)
 
-    if ratio is None:
-        sums, counts = engine.accumulate(z, problem, valid=valid)
-        return _reduce(factor * (sums + shift * counts), counts, reduction)
-
     def weigh(counts: Tensor) -> Tensor:
+        assert ratio is not None
         return _bin_weights(counts if given is None else given, ratio, z.dtype)
 
-    sums, counts = engine.accumulate(z, problem, valid=valid, weigh=weigh)
-    total = factor * (sums.sum() + shift * (weigh(counts) * counts).sum())
-    return total / max(len(sums), 1) if reduction == "mean" else total
+    how: dict[str, Any] = {"valid": valid, "weigh": weigh if image_wise else None}
+    if low_logits is None:
+        sums, counts = engine.accumulate(z, problem, **how)
+    else:
+        guided = problem._replace(potential=Label(), by_class=False, threshold=threshold)
+        (low_head,) = check_heads(low_logits, logits, resized=size is not None)
+        low = _images(low_head, binary)
+        (sums, counts), low_bins = engine.accumulate_both(z, problem, low, guided, **how)
+    if image_wise:
+        loss = factor * (sums.sum() + shift * (weigh(counts) * counts).sum())
+        loss = loss / max(len(sums), 1) if reduction == "mean" else loss
+    else:
+        loss = _reduce(factor * (sums + shift * counts), counts, reduction)
+    return loss if low_logits is None else loss + weight * _reduce(*low_bins, reduction)
 
 
 def _label_loss(

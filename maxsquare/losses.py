@@ -471,13 +471,18 @@ class MultiLevelLoss(nn.Module):
         labels: Tensor | None = None,
     ) -> Tensor:
         """Target loss plus weighted guidance."""
-        target: Tensor = self.target_loss(
-            logits, size=size, align_corners=align_corners, valid=valid, labels=labels
+        return functional.multi_level_loss(
+            logits,
+            low_logits,
+            type(self.target_loss).function,
+            threshold=self.guidance.threshold,
+            weight=self.weight,
+            size=size,
+            align_corners=align_corners,
+            valid=valid,
+            labels=labels,
+            **self.target_loss.options(),
         )
-        guidance: Tensor = self.guidance(
-            logits, low_logits, size=size, align_corners=align_corners, valid=valid
-        )
-        return target + self.weight * guidance
 
     def extra_repr(self) -> str:
         return f"weight={self.weight!r}"

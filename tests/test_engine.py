@@ -135,6 +135,66 @@ def test_any_shape_layout_and_kind_of_input_equals_the_plain_formula(
     assert_both_ways(lay_out(z, data.draw(st.sampled_from(LAYOUTS))), problem, arguments)
 
 
+TARGETS = ["entropy", "max_square", "tsallis", "image_wise"]
+
+
+def two_heads(
+    name: str, masked: bool = True, size: tuple[int, int] = (17, 23)
+) -> tuple[Tensor, Tensor, Callable[..., Any]]:
+    """Final and low-level logits, and a function that sums the potentials of both at once."""
+    z, problem, arguments = case(name, (2, 4, 3, 4), size)
+    low = random_logits((2, 4, 2, 5), seed=2)
+    arguments = {"valid": arguments["valid"] if masked else None}
+    if problem.by_class:
+        arguments["weigh"] = rare_ones_more
+    guided = PROBLEMS[GUIDED]._replace(size=problem.size)
+    return z, low, lambda z, low: paths.accumulate_both(z, problem, low, guided, **arguments)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "all count"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_two_heads_in_one_pass_equal_one_after_the_other(
+    block_size: None, monkeypatch: pytest.MonkeyPatch, name: str, masked: bool
+) -> None:
+    z, low, both = two_heads(name, masked)
+    results = []
+    for path in (blocks, None):
+        monkeypatch.setattr(paths, "choose_path", lambda *tensors, path=path: path)
+        leaves = [head.clone().requires_grad_() for head in (z, low)]
+        (sums, counts), (low_sums, low_counts) = both(*leaves)
+        assert (sums.grad_fn.name() == "_SweepBothBackward") is (path is blocks)
+        upstream = [torch.tensor([[1.0], [-3.0]], dtype=z.dtype) * k for k in (1, 2)]
+        gradients = torch.autograd.grad((sums, low_sums), leaves, upstream)
+        results.append((sums.detach(), low_sums.detach(), *gradients, counts, low_counts))
+    for ours, plain in zip(*results, strict=True):
+        assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_gradcheck_of_two_heads(name: str) -> None:
+    z, low, both = two_heads(name, size=(4, 6))
+
+    def sums(z: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(pair[0] for pair in both(z, low))
+
+    heads = (z.requires_grad_(), low.requires_grad_())
+    assert torch.autograd.gradcheck(sums, heads)
+    assert torch.autograd.gradgradcheck(sums, heads)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("head", [0, 1], ids=["final", "low-level"])
+def test_what_is_not_finite_in_either_head_shows(bad: float, head: int) -> None:
+    z, low, both = two_heads("max_square", masked=False)
+    (z, low)[head][0, 1, 1, 3] = bad
+    leaves = [z.requires_grad_(), low.requires_grad_()]
+    (sums, _), (low_sums, _) = both(*leaves)
+    # A guide decides labels, so it shows in the guided sum as well.
+    assert sums.isnan().any() == (head == 0) and low_sums.isnan().any()
+    gradients = torch.autograd.grad(sums.sum() + low_sums.sum(), leaves)
+    assert gradients[1].isnan().any() and gradients[0].isnan().any() == (head == 0)
+
+
 @each_problem
 @pytest.mark.parametrize("size", [None, (20, 31)], ids=["as is", "upsampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

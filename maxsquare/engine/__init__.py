@@ -1,6 +1,6 @@
 """Sums of pixel potentials per image and class, by whichever path is fastest."""
 
-from maxsquare.engine.paths import accumulate, predict, terms
+from maxsquare.engine.paths import accumulate, accumulate_both, predict, terms
 from maxsquare.engine.pixelwise import Problem
 
-__all__ = ["Problem", "accumulate", "predict", "terms"]
+__all__ = ["Problem", "accumulate", "accumulate_both", "predict", "terms"]

@@ -44,6 +44,30 @@ class Swept(NamedTuple):
     slope: Tensor | None
 
 
+class _Pixels(NamedTuple):
+    """A block's pixels: their indices, which of them count (None: all), and an alarm.
+
+    strange: an index that counts may be no class.
+    """
+
+    y: Tensor | None
+    counted: Tensor | None
+    strange: bool
+
+    def narrow(self) -> Tensor:
+        """The indices, -1 where they do not count."""
+        assert self.y is not None
+        return self.y if self.counted is None else self.y.where(self.counted, -1)
+
+
+class Own(NamedTuple):
+    """A guide's own problem, the indices of its pixels, and the weights of its bins."""
+
+    problem: Problem
+    labels: Tensor | None
+    weights: Tensor
+
+
 def index_dtype(classes: int) -> torch.dtype:
     """The narrowest integers for -1 (255 in uint8), the classes, and C, which means NaN."""
     return torch.uint8 if classes < 255 else torch.int32
@@ -64,18 +88,50 @@ def sweep(
     weights: of the bins (images, bins), or of the pixels (images, *spatial) if `per_pixel`,
     which also asks for phi.
     """
+    return _sweep(z, problem, guide, labels, valid, weights, per_pixel, None)[0]
+
+
+def sweep_both(
+    z: Tensor,
+    own: Own,
+    low: Tensor,
+    problem: Problem,
+    *,
+    valid: Tensor | None,
+    weights: Tensor,
+) -> tuple[Swept, Swept]:
+    """Of a head with a problem of its own, and of a low-level head that it guides.
+
+    One pass, in which the probabilities of the former are computed once for both.
+    """
+    low_swept, swept = _sweep(low, problem, z, None, valid, weights, False, own)
+    assert swept is not None
+    return swept, low_swept
+
+
+def _sweep(
+    z: Tensor,
+    problem: Problem,
+    guide: Tensor | None,
+    labels: Tensor | None,
+    valid: Tensor | None,
+    weights: Tensor | None,
+    per_pixel: bool,
+    own: Own | None,
+) -> tuple[Swept, Swept | None]:
     classes = 2 if problem.binary else z.shape[1]
     labelled = isinstance(problem.potential, Label)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     shape = (len(z), *(z.shape[2:] if problem.size is None else problem.size))
     predicts = labels is None and (problem.by_class or not isinstance(problem.potential, Tsallis))
     sloped = weights is not None
-    heads = _heads([z] if guide is None else [z, guide], problem, dtype, sloped)
+    heads = _heads([z] if guide is None else [z, guide], problem, dtype, sloped, own is not None)
     source = heads[0]
 
     bins = classes if problem.by_class else 1
     sums = z.new_zeros(len(z), 1 if sloped else bins, dtype=torch.float64)
     counts = z.new_zeros(len(z), bins, dtype=torch.long)
+    own_sums, own_counts = (torch.zeros_like(t[:, :1]) for t in (sums, counts))
     y_map = phi_map = None
     if predicts and not sloped:
         y_map = z.new_empty(shape, dtype=index_dtype(classes))
@@ -83,9 +139,9 @@ def sweep(
         phi_map = z.new_empty(shape, dtype=dtype)
     # Made once: fresh memory for every block would cost more than the arithmetic on it.
     spares = [torch.empty_like(source.buffer) for _ in range(2 if labelled and predicts else 1)]
-    y_rows, phi_rows, label_rows, valid_rows = (
+    y_rows, phi_rows, label_rows, own_rows, valid_rows = (
         None if pixels is None else _rows(pixels, source.length)
-        for pixels in (y_map, phi_map, labels, valid)
+        for pixels in (y_map, phi_map, labels, own and own.labels, valid)
     )
     if weights is not None:
         weights = weights.to(dtype)
@@ -95,51 +151,85 @@ def sweep(
         for head in heads:
             head.start(n)
         for k in range(len(source.slices)):
-            xs = [head.load(k) for head in heads]
-            spare, other = (spares[i][: xs[0].numel()].view_as(xs[0]) for i in (0, -1))
+            x, *guides = (head.load(k) for head in heads)
+            spare, other = (spares[i][: x.numel()].view_as(x) for i in (0, -1))
             counted = None if valid_rows is None else source.pixels(valid_rows, k)
-            y, strange = None, False
+            pixels = _Pixels(None, counted, False)
             if label_rows is not None:
-                y, counted, strange = _given(
-                    source.pixels(label_rows, k), counted, problem, classes
-                )
-            if counted is not None:
-                for x in xs:
-                    x.masked_fill_(~counted.unsqueeze(1), 0)
+                pixels = _given(source.pixels(label_rows, k), pixels, problem, classes)
+            if pixels.counted is not None:
+                for logits in (x, *guides):
+                    logits.masked_fill_(~pixels.counted.unsqueeze(1), 0)
 
-            p = log_p = xs[0]
+            if own is not None:
+                _count(own_counts[n], x[:, 0], pixels)
+                own_pixels = pixels
+                if own_rows is not None:
+                    own_pixels = _given(source.pixels(own_rows, k), pixels, own.problem, classes)
+                p, log_p = _probabilities(guides[0], own.problem, other)
+                other = other if p is guides[0] else guides[0]
+                own_w = own.weights[n].to(dtype)
+                _settle(heads[1], k, p, log_p, own_pixels, own.problem, own_w, own_sums[n], other)
+                guides = [p]
+            elif guides and problem.from_logits:
+                guides = [torch.softmax(guides[0], 1, out=guides[0])]
+
+            p = log_p = x
             if predicts and problem.threshold is None:
-                y = _argmax(p, spare)
+                pixels = pixels._replace(y=_argmax(p, spare))
             if problem.potential is not None or problem.threshold is not None:
                 p, log_p = _probabilities(p, problem, spare)
-            if predicts and y is None:
-                y, counted, strange = _confident(xs[1:], p, counted, problem, other)
-            if y_rows is not None and y is not None:
-                source.pixels(y_rows, k).copy_(y if counted is None else y.where(counted, -1))
+            if predicts and problem.threshold is not None:
+                pixels = _confident(p, guides, pixels, problem.threshold, other)
+            if y_rows is not None:
+                source.pixels(y_rows, k).copy_(pixels.narrow())
             if not (sloped and problem.by_class):
-                _count(counts[n], xs[0][:, 0], y, counted)
-            if problem.potential is None:
-                continue
+                _count(counts[n], x[:, 0], pixels)
+            if problem.potential is not None:
+                w = None
+                if weights is not None:
+                    w = source.pixels(weights, k) if per_pixel else weights[n]
+                phi = _settle(source, k, p, log_p, pixels, problem, w, sums[n], spare)
+                if phi_rows is not None:
+                    source.pixels(phi_rows, k).copy_(phi)
+        for head in heads:
+            head.finish()
+    swept = Swept(sums.to(dtype), counts, y_map, phi_map, source.slope)
+    return swept, own and Swept(own_sums.to(dtype), own_counts, None, None, heads[1].slope)
 
-            phi, slope, factor = _potential(p, log_p, y, strange, problem, sloped, spare)
-            if counted is not None:
-                phi = phi.where(counted, 0)
-            if phi_rows is not None:
-                source.pixels(phi_rows, k).copy_(phi)
-            if weights is None:
-                _add_to_bins(sums[n], phi, y)
-                continue
-            w = source.pixels(weights, k) if per_pixel else _of_bins(weights[n], y)
-            if not per_pixel:
-                sums[n] += (w * phi).sum()
-            if counted is not None:
-                w = w.where(counted, 0)
-            if strange:
-                # An index that is no class shows in the gradient as it does in the sum.
-                w = torch.where(phi.isnan(), phi, w)
-            source.deposit(slope, w, factor, k)
-        source.finish()
-    return Swept(sums.to(dtype), counts, y_map, phi_map, source.slope)
+
+def _settle(
+    source: _Whole | _Upsampled,
+    k: int,
+    p: Tensor,
+    log_p: Tensor,
+    pixels: _Pixels,
+    problem: Problem,
+    weights: Tensor | None,
+    sums: Tensor,
+    spare: Tensor,
+) -> Tensor:
+    """phi of block k (R, B), added to the sums of its image; with weights, the slope deposited.
+
+    weights: of the bins (bins,), or of the pixels (R, B), whose sum nobody wants.
+    """
+    y, counted, strange = pixels
+    phi, slope, factor = _potential(p, log_p, pixels, problem, weights is not None, spare)
+    if counted is not None:
+        phi = phi.where(counted, 0)
+    if weights is None:
+        _add_to_bins(sums, phi, y)
+        return phi
+    w = weights if weights.dim() == 2 or len(weights) == 1 or y is None else _look_up(weights, y)
+    if weights.dim() == 1:
+        sums += (w * phi).sum()
+    if counted is not None:
+        w = w.where(counted, 0)
+    if strange:
+        # An index that is no class shows in the gradient as it does in the sum.
+        w = torch.where(phi.isnan(), phi, w)
+    source.deposit(slope, w, factor, k)
+    return phi
 
 
 def _rows(pixels: Tensor, length: int) -> Tensor:
@@ -148,23 +238,19 @@ def _rows(pixels: Tensor, length: int) -> Tensor:
     return pixels.reshape(len(pixels), length, rest)
 
 
-def _given(
-    labels: Tensor, counted: Tensor | None, problem: Problem, classes: int
-) -> tuple[Tensor, Tensor | None, bool]:
-    """The indices of a block, which of them count, and whether one that counts is no class.
-
-    One that does not count is 0.
-    """
-    y, ignore = labels.long(), problem.ignore_index
+def _given(labels: Tensor, pixels: _Pixels, problem: Problem, classes: int) -> _Pixels:
+    """Pixels whose indices are given; one that does not count is 0."""
+    y, ignore, counted = labels.long(), problem.ignore_index, pixels.counted
     least, most = torch.aminmax(y)
     if least >= 0 and most < classes and not 0 <= ignore < classes:
-        return y, counted, False
+        return _Pixels(y, counted, False)
     counts = (y != -1) & (y != ignore)
     counted = counts if counted is None else counted & counts
     strange = counted & ((y < 0) | (y >= classes))
     if problem.by_class:
         counted = counted & ~strange
-    return y.masked_fill(~counted, 0), counted, bool(strange.any()) and not problem.by_class
+    y = y.masked_fill(~counted, 0)
+    return _Pixels(y, counted, not problem.by_class and bool(strange.any()))
 
 
 def _probabilities(x: Tensor, problem: Problem, spare: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,23 +271,18 @@ def _probabilities(x: Tensor, problem: Problem, spare: Tensor) -> tuple[Tensor, 
 
 
 def _confident(
-    guides: list[Tensor], p: Tensor, counted: Tensor | None, problem: Problem, spare: Tensor
-) -> tuple[Tensor, Tensor, bool]:
-    """`pixelwise.predict` of a block under a threshold, as `_given` returns it.
-
-    Overwrites the guides' logits, and p without guides only if that is the spare.
-    """
-    assert problem.threshold is not None
-    best, mean = p.amax(1), p
-    for x in guides:
-        guide_p = torch.softmax(x, 1, out=x) if problem.from_logits else x
-        best, mean = torch.maximum(best, guide_p.amax(1)), guide_p.add_(p)
+    p: Tensor, guides: list[Tensor], pixels: _Pixels, threshold: float, spare: Tensor
+) -> _Pixels:
+    """`pixelwise.predict` of a block; the guides' probabilities are overwritten."""
+    best, mean, counted = p.amax(1), p, pixels.counted
+    for guide in guides:
+        best, mean = torch.maximum(best, guide.amax(1)), guide.add_(p)
     y = _argmax(mean, spare)
     strange = math.isnan(best.max())
     if strange:
         y.masked_fill_(best.isnan(), p.shape[1])
-    accepted = (best <= problem.threshold).logical_not_()
-    return y, accepted if counted is None else accepted & counted, strange
+    accepted = (best <= threshold).logical_not_()
+    return _Pixels(y, accepted if counted is None else accepted & counted, strange)
 
 
 def _argmax(x: Tensor, spare: Tensor) -> Tensor:
@@ -218,15 +299,13 @@ def _argmax(x: Tensor, spare: Tensor) -> Tensor:
 
 
 def _potential(
-    p: Tensor,
-    log_p: Tensor,
-    y: Tensor | None,
-    strange: bool,
-    problem: Problem,
-    sloped: bool,
-    spare: Tensor,
+    p: Tensor, log_p: Tensor, pixels: _Pixels, problem: Problem, sloped: bool, spare: Tensor
 ) -> tuple[Tensor, Tensor, float]:
-    """phi (R, B); if asked for, its slope (R, C, B) and a factor on it. Overwrites all it can."""
+    """phi (R, B); if asked for, its slope (R, C, B) and a factor on it.
+
+    Overwrites p for cross entropy, all but p for the others.
+    """
+    y, _, strange = pixels
     potential, tiny = problem.potential, torch.finfo(p.dtype).tiny
     if isinstance(potential, Tsallis):
         q, a, t = potential.q, potential.shift, potential.shifted_log(p, log_p)
@@ -263,9 +342,11 @@ def _potential(
     return phi, slope, 1
 
 
-def _count(counts: Tensor, pixels: Tensor, y: Tensor | None, counted: Tensor | None) -> None:
+def _count(counts: Tensor, like: Tensor, pixels: _Pixels) -> None:
+    """Add to the counts of an image's bins the pixels of a block; like: a map of them."""
+    y, counted, _ = pixels
     if len(counts) == 1 or y is None:
-        counts += pixels.numel() if counted is None else counted.sum()
+        counts += like.numel() if counted is None else counted.sum()
         return
     # What does not count goes into one more bin, which is dropped.
     bins = len(counts)
@@ -280,10 +361,8 @@ def _add_to_bins(sums: Tensor, phi: Tensor, y: Tensor | None) -> None:
         sums += torch.bincount(y.flatten(), phi.flatten().to(sums.dtype), minlength=len(sums))
 
 
-def _of_bins(weights: Tensor, y: Tensor | None) -> Tensor:
+def _look_up(weights: Tensor, y: Tensor) -> Tensor:
     """Each pixel's weight, from those of the bins (bins,) of its image."""
-    if len(weights) == 1 or y is None:
-        return weights
     return weights.index_select(0, y.flatten()).view_as(y)
 
 
@@ -439,15 +518,16 @@ def _strips(sources: list[slice]) -> list[slice]:
 
 
 def _heads(
-    heads: list[Tensor], problem: Problem, dtype: torch.dtype, sloped: bool
+    heads: list[Tensor], problem: Problem, dtype: torch.dtype, sloped: bool, guide_sloped: bool
 ) -> list[_Whole] | list[_Upsampled]:
-    """Sources of the logits of all heads, of which the first may need a slope."""
+    """Sources of the logits of one head, or of a head and its guide."""
+    pairs = zip(heads, (sloped, guide_sloped), strict=False)
     if problem.size is not None:
         # In a band of several rows 0 times NaN would reach pixels that the NaN does not touch.
         banded = all(bool((z < math.inf).all()) for z in heads)
-        return [_Upsampled(z, problem, dtype, banded, sloped and z is heads[0]) for z in heads]
+        return [_Upsampled(z, problem, dtype, banded, sloped) for z, sloped in pairs]
     flat = all(map(is_flat, heads))
-    return [_Whole(z, problem, dtype, flat, sloped and z is heads[0]) for z in heads]
+    return [_Whole(z, problem, dtype, flat, sloped) for z, sloped in pairs]
 
 
 def is_flat(z: Tensor) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -60,6 +61,30 @@ def accumulate(
     return sums, counts
 
 
+def accumulate_both(
+    z: Tensor,
+    problem: Problem,
+    low: Tensor,
+    guided: Problem,
+    *,
+    valid: Tensor | None = None,
+    weigh: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`accumulate` of a head z and of a low-level head that z guides, each by its problem.
+
+    Upsampled on a CPU, both take value and slope from one pass over the pixels.
+    """
+    path = choose_path(z, low, valid)
+    sloped = torch.is_grad_enabled() and z.requires_grad and low.requires_grad
+    if path is blocks and sloped and problem.size is not None and z.dtype == low.dtype:
+        sums, counts, low_sums, low_counts = _SweepBoth.apply(z, low, valid, problem, guided, weigh)
+        return (sums, counts), (low_sums, low_counts)
+    return (
+        accumulate(z, problem, valid=valid, weigh=weigh),
+        accumulate(low, guided, guide=z, valid=valid),
+    )
+
+
 def terms(
     z: Tensor,
     problem: Problem,
@@ -93,9 +118,15 @@ def predict(
 
 
 def _sweep(path: Any, z: Tensor, problem: Problem, **arguments: Any) -> Any:
+    with _bare(z):
+        return path.sweep(z.detach(), problem, **arguments)
+
+
+@contextlib.contextmanager
+def _bare(z: Tensor) -> Iterator[None]:
     # Autocast would interpolate in half precision.
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        return path.sweep(z.detach(), problem, **arguments)
+        yield
 
 
 def _widen(y: Tensor) -> Tensor:
@@ -174,6 +205,59 @@ class _Sweep(torch.autograd.Function):
                 per_pixel=ctx.per_pixel,
             ).slope
         return slope.to(z.dtype), None, None, None, None, None, None, None
+
+
+class _SweepBoth(torch.autograd.Function):
+    """`_Sweep` of two heads with upsampling, one guided by the other, in one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        low: Tensor,
+        valid: Tensor | None,
+        problem: Problem,
+        guided: Problem,
+        weigh: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, counts, weights = None, None, z.new_ones(len(z), 1)
+        if weigh is not None:
+            indices = _sweep(blocks, z, problem._replace(potential=None), valid=valid)
+            y, counts, weights = indices.y, indices.counts, weigh(indices.counts)
+        own, _ = _decided(problem, y, {"valid": valid})
+        with _bare(z):
+            swept, low_swept = blocks.sweep_both(
+                z.detach(),
+                blocks.Own(own, y, weights),
+                low.detach(),
+                guided,
+                valid=valid,
+                weights=z.new_ones(len(z), 1),
+            )
+        counts = swept.counts if counts is None else counts
+        ctx.save_for_backward(z, low, valid, swept.slope, low_swept.slope)
+        ctx.problem, ctx.guided, ctx.weigh = problem, guided, weigh
+        ctx.mark_non_differentiable(counts, low_swept.counts)
+        return swept.sums, counts, low_swept.sums, low_swept.counts
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor, _counts: None, low_grad: Tensor, _low_counts: None
+    ) -> tuple[Tensor | None, ...]:
+        z, low, valid, slope, low_slope = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # A graph of the gradient is wanted: the plain formula has one.
+            sums, _ = pixelwise.accumulate(z, ctx.problem, valid=valid, weigh=ctx.weigh)
+            low_sums, _ = pixelwise.accumulate(low, ctx.guided, guide=z, valid=valid)
+            slope, low_slope = torch.autograd.grad(
+                (sums, low_sums), (z, low), (grad, low_grad), create_graph=True
+            )
+        else:
+            slope, low_slope = (
+                s * g.view(-1, *[1] * (z.dim() - 1))
+                for s, g in ((slope, grad), (low_slope, low_grad))
+            )
+        return slope.to(z.dtype), low_slope.to(low.dtype), None, None, None, None
 
 
 def _decided(
