@@ -1,0 +1,733 @@
+"""Which part of the method helps, and by how much: every target loss on the same footing.
+
+    python benchmarks/ablation.py                  # rendered street scenes: under an hour, 2 cores
+    python benchmarks/ablation.py --task digits    # two sources of real handwriting: minutes
+    python benchmarks/ablation.py --summary-only   # tables and plot again, from finished runs
+
+Each method chooses its target weight from as many values as every other, by the labels of the
+target's validation images, on one seed that is not reported. Then, with each reported seed, all
+methods start from the same source model and see the same images in the same order, so that their
+differences are paired. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markdown import Markdown
+from scipy.stats import ttest_rel
+
+import cases
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from uda import checkpoint, outputs, report
+from uda.adaptation import BackboneUpdates
+from uda.datasets import Progress
+from uda.errors import UserError
+
+QUESTION = "Which part of the method helps on the target, and by how much?"
+TUNING_SEED = 100
+
+Weights = dict[str, torch.Tensor]
+
+
+class Task(Protocol):
+    """A pair of domains, a network, and a recipe for training on them.
+
+    A model depends on the arguments of the method that makes it alone, so that a run can be
+    repeated. A task can be pickled: each worker process has its own.
+
+    Attributes:
+        name: stem of the result files.
+        score_name: what `score` returns, with its unit.
+        base: what data, network and recipe are, a line each.
+        weights: the target weights from which each method chooses.
+    """
+
+    name: str
+    score_name: str
+    base: dict[str, str]
+    weights: dict[str, tuple[float, ...]]
+
+    def prepare(self, on_progress: Progress) -> None:
+        """Make what several runs share; called once, before any other method."""
+
+    def train_source(self, seed: int) -> Weights:
+        """A model that has learnt from labelled source images."""
+
+    def target_statistics(self, source: Weights, seed: int) -> Weights:
+        """The model with BatchNorm's running statistics taken from target training images."""
+
+    def adapt(
+        self,
+        source: Weights,
+        seed: int,
+        method: str,
+        weight: float,
+        *,
+        updates: BackboneUpdates = "once",
+        lr_multiple: float = 1.0,
+    ) -> Weights:
+        """The model adapted by a method; `lr_multiple` is for the backbone alone."""
+
+    def score(self, weights: Weights) -> tuple[float, dict[str, float | None]]:
+        """On labelled target validation images: the score over all, and of each class."""
+
+
+@runtime_checkable
+class Explaining(Protocol):
+    """A task that tells more about a model than its score."""
+
+    def explain(self, weights: Weights) -> tuple[float, dict[str, float]]:
+        """Mean confidence on target validation images, share predicted as each class; percent."""
+
+
+class Row(NamedTuple):
+    """A line of the table: how its model is made from the source model."""
+
+    label: str
+    method: str | None = None
+    updates: BackboneUpdates = "once"
+    lr_multiple: float = 1.0
+
+
+SOURCE_ONLY = "source-only"
+STATISTICS = "target-statistics"
+CONTROL = "source"
+FULL = "maxsquare-iw-multi"
+PUBLISHED_UPDATES = FULL + "-published"
+TRIPLE_LR = FULL + "-lr-x3"
+ROWS = {
+    SOURCE_ONLY: Row("source only"),
+    STATISTICS: Row("target BatchNorm statistics"),
+    CONTROL: Row("source, continued", "source"),
+    "entropy": Row("entropy", "entropy"),
+    "tsallis-1.5": Row("Tsallis, q = 1.5", "tsallis-1.5"),
+    "maxsquare": Row("maximum squares", "maxsquare"),
+    "maxsquare-iw": Row("+ IW (image-wise)", "maxsquare-iw"),
+    FULL: Row("+ IW + Multi(-level)", FULL),
+    "pseudo-label": Row("pseudo labels", "pseudo-label"),
+    PUBLISHED_UPDATES: Row('Multi, "published" updates', FULL, updates="published"),
+    TRIPLE_LR: Row("Multi, backbone lr x 3", FULL, lr_multiple=3.0),
+}
+TRAP = (PUBLISHED_UPDATES, TRIPLE_LR)
+ADAPTED = [name for name, row in ROWS.items() if row.method not in (None, CONTROL)]
+METHODS = [name for name in ADAPTED if name not in TRAP]
+# What one row adds to another; the paper's ladder first.
+STEPS = {
+    ("maxsquare", "entropy"): "maximum squares − entropy",
+    ("maxsquare", "tsallis-1.5"): "maximum squares − Tsallis, q = 1.5",
+    ("maxsquare-iw", "maxsquare"): "IW − maximum squares",
+    (FULL, "maxsquare-iw"): "Multi − IW",
+    ("maxsquare", STATISTICS): "maximum squares − target BatchNorm statistics",
+    (PUBLISHED_UPDATES, FULL): 'Multi: "published" updates − once',
+    (TRIPLE_LR, FULL): "Multi: backbone lr x 3 − x 1",
+    (PUBLISHED_UPDATES, TRIPLE_LR): 'Multi: "published" updates − backbone lr x 3',
+}
+COMPARISONS = (
+    *((name, SOURCE_ONLY) for name in ROWS if name != SOURCE_ONLY),
+    *((name, CONTROL) for name in ADAPTED),
+    *STEPS,
+)
+
+# Of all pixels; a class predicted less often counts as given up.
+GIVEN_UP_BELOW = 0.1
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare the target losses, with error bars over seeds."""
+
+    task: Literal["scenes", "digits"] = "scenes"
+    """What to adapt: rendered street scenes, or real handwriting of two sources."""
+    seeds: int = 5
+    """Reported seeds: 0, 1, ...; the weights are chosen on another one."""
+    workers: int = os.cpu_count() or 1
+    """Processes that train at the same time, one thread each."""
+    work: Path | None = None
+    """Folder of the finished runs, from which a stopped run goes on; default:
+    runs/ablation-TASK."""
+    data_root: Path | None = None
+    """Folder of the rendered scenes (made if missing); default: data/ in --work."""
+    out: Path = cases.RESULTS
+    """Folder for tables and plot."""
+    summary_only: bool = False
+    """Make tables and plot from the finished runs in --work, and train nothing."""
+
+
+class Run(NamedTuple):
+    """One model to be made and scored."""
+
+    seed: int
+    row: str
+    weight: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"seed{self.seed}-{self.row}" + (f"-{self.weight:g}" if self.weight else "")
+
+
+Finished = dict[Run, dict[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    console = Console()
+    try:
+        options = report.command_line(Options, arguments)
+        if options.seeds < 2:
+            raise UserError(f"--seeds {options.seeds} gives no interval: take at least 2.")
+        if options.workers < 1:
+            raise UserError(f"--workers must be positive, not {options.workers}.")
+        folder = options.work or Path("runs") / f"ablation-{options.task}"
+        if not options.summary_only:
+            train(make_task(options, folder), folder, options, console)
+        summary = summarize(*load(folder))
+        write(summary, options.out, console)
+    except (UserError, OSError) as error:
+        print(f"error: {report.sentence(error)}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print(
+            "error: a training process was ended from outside, perhaps for lack of memory: the "
+            "same command goes on from here, with less memory if --workers is smaller.",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped: the same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_task(options: Options, folder: Path) -> Task:
+    # Each task needs packages that the other does not.
+    if options.task == "digits":
+        from digits import Digits
+
+        return Digits()
+    from street_scenes import StreetScenes
+
+    return StreetScenes(options.data_root or folder / "data")
+
+
+# Runs
+
+
+def startable(weights: Mapping[str, Sequence[float]], seeds: int, finished: Finished) -> list[Run]:
+    """Every run whose prerequisites are finished, whether it is itself or not; first things first.
+
+    Nothing of a reported seed has a say in the choice of weights, but its source model need not
+    wait for that choice.
+    """
+    sources = [Run(seed, SOURCE_ONLY) for seed in (TUNING_SEED, *range(seeds))]
+    runs = sources[:1]
+    if sources[0] in finished:
+        runs += tuning_runs(weights)
+    chosen = choose(weights, finished)
+    runs += sources[1:]
+    for source in sources[1:]:
+        if source in finished:
+            runs += [
+                source._replace(row=name, weight=chosen.get(row.method, 0.0))
+                for name, row in ROWS.items()
+                if name != SOURCE_ONLY and (row.method not in weights or row.method in chosen)
+            ]
+    return runs
+
+
+def tuning_runs(weights: Mapping[str, Sequence[float]]) -> list[Run]:
+    return [Run(TUNING_SEED, method, weight) for method in METHODS for weight in weights[method]]
+
+
+def choose(weights: Mapping[str, Sequence[float]], finished: Finished) -> dict[str, float]:
+    """The weight with the best score on the tuning seed, of methods whose tuning is complete."""
+    chosen = {}
+    for method in METHODS:
+        runs = [run for run in tuning_runs(weights) if run.row == method]
+        if all(run in finished for run in runs):
+            chosen[method] = max(runs, key=lambda run: finished[run]["score"]).weight
+    return chosen
+
+
+def total_runs(weights: Mapping[str, Sequence[float]], seeds: int) -> int:
+    return 1 + len(tuning_runs(weights)) + seeds * len(ROWS)
+
+
+def train(task: Task, folder: Path, options: Options, console: Console) -> None:
+    """Finish every run that is not finished yet."""
+    claim(folder, task, options)
+    finished = dict(read_runs(folder))
+    total = total_runs(task.weights, options.seeds)
+    with report.progress_bar(console) as progress:
+        # A run takes a minute or so: the time left is to be estimated from many of them.
+        progress.speed_estimate_period = 3600.0
+        preparing = progress.add_task("data", total=None, note="")
+        task.prepare(lambda done, of: progress.update(preparing, completed=done, total=of))
+        progress.remove_task(preparing)
+        bar = progress.add_task("runs", total=total, completed=len(finished), note="")
+        with workers(options.workers, task, folder) as pool:
+            running: dict[Future[dict[str, Any]], Run] = {}
+            while True:
+                for run in startable(task.weights, options.seeds, finished):
+                    if len(running) == options.workers:
+                        break
+                    if run not in finished and run not in running.values():
+                        running[pool.submit(execute, run)] = run
+                if not running:
+                    break
+                progress.update(bar, note=", ".join(run.name for run in running.values()))
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    finished[running.pop(future)] = future.result()
+                    progress.advance(bar)
+
+
+def claim(folder: Path, task: Task, options: Options) -> None:
+    """Note in the folder what its runs depend on, or refuse a folder with other runs."""
+    settings = {
+        "task": task.name,
+        "score": task.score_name,
+        "base": task.base,
+        "weights": {method: list(task.weights[method]) for method in METHODS},
+        "seeds": options.seeds,
+        "versions": report.versions(),
+    }
+    path = folder / "settings.json"
+    if path.is_file():
+        earlier = flat(json.loads(path.read_text())["settings"])
+        for name, value in flat(settings).items():
+            if earlier.get(name) != value:
+                raise UserError(
+                    f"{folder} holds runs with {name} {earlier.get(name)}, not {value}: choose "
+                    "another --work, or go on with what they were started with."
+                )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds something else: choose another --work.")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {**cases.environment("cpu"), "threads": 1, "workers": options.workers}
+        outputs.write_json(path, {"settings": settings, "environment": environment})
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of mappings as entries of their own."""
+    values = {}
+    for name, value in settings.items():
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        values |= {f"{name} {key}".strip(): entry for key, entry in entries}
+    return values
+
+
+def read_runs(folder: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
+    for path in sorted(folder.glob("seed*.json")):
+        result = json.loads(path.read_text())
+        yield Run(*result["run"]), result
+
+
+# Worker processes
+
+_task: Task
+_folder: Path
+
+
+@contextmanager
+def workers(count: int, task: Task, folder: Path) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each, which end when this one ends, however it does."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # libraries read it when they are imported
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, context, initializer=start_worker, initargs=(task, folder))
+    try:
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def start_worker(task: Task, folder: Path) -> None:
+    global _task, _folder
+    _task, _folder = task, folder
+    torch.set_num_threads(1)
+    # Ctrl-C reaches all processes of a terminal; the main one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Make the model of a run, score it, and note the result in the folder."""
+    task, started = _task, time.perf_counter()
+    path = _folder / f"{run.name}.json"
+    source_path = _folder / f"seed{run.seed}-source.pt"
+    row = ROWS[run.row]
+    if run.row == SOURCE_ONLY:
+        weights = task.train_source(run.seed)
+        checkpoint.save(source_path, weights)
+    else:
+        source = checkpoint.load(source_path)
+        if row.method is None:
+            weights = task.target_statistics(source, run.seed)
+        else:
+            weights = task.adapt(
+                source,
+                run.seed,
+                row.method,
+                run.weight,
+                updates=row.updates,
+                lr_multiple=row.lr_multiple,
+            )
+    score, per_class = task.score(weights)
+    result: dict[str, Any] = {"run": run, "score": score, "per_class": per_class}
+    if run.seed != TUNING_SEED:
+        if row.method is not None:
+            # How much is left for the loss when BatchNorm has seen the target anyway.
+            with_statistics = task.target_statistics(weights, run.seed)
+            result["score_with_target_statistics"], _ = task.score(with_statistics)
+        if isinstance(task, Explaining):
+            result["confidence"], result["share"] = task.explain(weights)
+    result["seconds"] = time.perf_counter() - started
+    outputs.write_json(path, result)
+    return result
+
+
+# Summary
+
+
+def load(folder: Path) -> tuple[dict[str, Any], Finished]:
+    """What the runs in a folder were started with, and their results; all must be finished."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no runs: check --work.")
+    started_with = json.loads(path.read_text())
+    settings = started_with["settings"]
+    finished = dict(read_runs(folder))
+    total = total_runs(settings["weights"], settings["seeds"])
+    if len(finished) < total:
+        raise UserError(
+            f"{folder} holds {len(finished)} of {total} runs: finish them without --summary-only."
+        )
+    return started_with, finished
+
+
+def summarize(started_with: Mapping[str, Any], finished: Finished) -> dict[str, Any]:
+    """Everything that is reported, as the JSON file holds it."""
+    settings = started_with["settings"]
+    weights, seeds = settings["weights"], range(settings["seeds"])
+    chosen = choose(weights, finished)
+    runs = {
+        name: [finished[Run(seed, name, chosen.get(row.method, 0.0))] for seed in seeds]
+        for name, row in ROWS.items()
+    }
+    scores = {name: [result["score"] for result in results] for name, results in runs.items()}
+    options = ["--task", settings["task"], "--seeds", str(len(seeds))]
+    return {
+        "question": QUESTION,
+        "command": shlex.join(["python", "benchmarks/ablation.py", *options]),
+        **settings,
+        "environment": started_with["environment"],
+        "tuning_seed": TUNING_SEED,
+        "tuning": {
+            method: {
+                "weights": weights[method],
+                "scores": [
+                    finished[run]["score"] for run in tuning_runs(weights) if run.row == method
+                ],
+                "chosen": chosen[method],
+                "at_the_edge": chosen[method] in (weights[method][0], weights[method][-1]),
+            }
+            for method in METHODS
+        },
+        "rows": {name: summarize_row(name, chosen, results) for name, results in runs.items()},
+        "differences": [
+            {"row": a, "against": b, **difference(scores[a], scores[b])} for a, b in COMPARISONS
+        ],
+        "seconds_of_all_runs": sum(result["seconds"] for result in finished.values()),
+    }
+
+
+def summarize_row(
+    name: str, chosen: Mapping[str, float], results: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    row = ROWS[name]
+
+    def values(key: str) -> list[Any]:
+        return [result[key] for result in results if key in result]
+
+    shares = mean_per_class(values("share"))
+    return {
+        **row._asdict(),
+        "weight": chosen.get(row.method),
+        "scores": values("score"),
+        "mean": statistics.mean(values("score")),
+        "per_class": mean_per_class(values("per_class")),
+        "per_class_of_seeds": values("per_class"),
+        "scores_with_target_statistics": values("score_with_target_statistics"),
+        "confidence": mean(values("confidence")),
+        "share": shares,
+        "classes_predicted": sum(share >= GIVEN_UP_BELOW for share in shares.values()) or None,
+        "seconds": values("seconds"),
+    }
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return statistics.mean(values) if values else None
+
+
+def mean_per_class(
+    results: Sequence[Mapping[str, float | None]],
+) -> dict[str, float | None]:
+    """Mean over seeds; None for a class that some seed has no score for."""
+    classes = results[0] if results else ()
+    columns = {c: [result[c] for result in results] for c in classes}
+    return {c: None if None in values else mean(values) for c, values in columns.items()}
+
+
+def difference(scores: Sequence[float], against: Sequence[float]) -> dict[str, Any]:
+    """Mean paired difference over seeds with its 95% confidence interval (Student's t)."""
+    differences = [a - b for a, b in zip(scores, against, strict=True)]
+    if len({*differences}) == 1:  # no spread, for which t is not defined
+        low = high = differences[0]
+    else:
+        low, high = map(float, ttest_rel(scores, against).confidence_interval(0.95))
+    return {
+        "mean": statistics.mean(differences),
+        "low": low,
+        "high": high,
+        "won": sum(d > 0 for d in differences),
+    }
+
+
+# Telling
+
+
+def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
+    stem = f"ablation-{summary['task']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = markdown(summary)
+    console.print(Markdown(text))
+    cases.save_json(summary, folder / f"{stem}.json")
+    (folder / f"{stem}.md").write_text(text)
+    write_csv(summary, folder / f"{stem}.csv")
+    figure = plot(summary)
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"{stem}.{suffix}", dpi=130)
+    console.print(f"Tables and plot: {folder / stem}.*", soft_wrap=True)
+
+
+def write_csv(summary: Mapping[str, Any], path: Path) -> None:
+    """One line for each seed and row."""
+    classes = list(summary["rows"][SOURCE_ONLY]["per_class"])
+    header = "seed row method weight updates lr_multiple score with_target_statistics seconds"
+    with path.open("w", newline="") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow([*header.split(), *classes])
+        for name, row in summary["rows"].items():
+            with_statistics = row["scores_with_target_statistics"] or [None] * summary["seeds"]
+            for seed in range(summary["seeds"]):
+                values = (row["scores"][seed], with_statistics[seed], row["seconds"][seed])
+                per_class = row["per_class_of_seeds"][seed]
+                lines.writerow(
+                    [
+                        seed,
+                        name,
+                        *(row[key] for key in ("method", "weight", "updates", "lr_multiple")),
+                        *map(short, (*values, *(per_class[c] for c in classes))),
+                    ]
+                )
+
+
+def short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The tables with what one must know to read them."""
+    rows, seeds, score = summary["rows"], summary["seeds"], summary["score"]
+    label = {name: row.label for name, row in ROWS.items()}
+    differences = {(d["row"], d["against"]): d for d in summary["differences"]}
+
+    results = [
+        (
+            label[name],
+            number(row["weight"], "g"),
+            f"**{row['mean']:.1f}**",
+            ", ".join(f"{value:.1f}" for value in row["scores"]),
+            compared(differences.get((name, SOURCE_ONLY)), seeds),
+            compared(differences.get((name, CONTROL)), seeds),
+        )
+        for name, row in rows.items()
+    ]
+    steps = [(text, compared(differences[pair], seeds)) for pair, text in STEPS.items()]
+    explained = [
+        (
+            label[name],
+            f"{row['mean']:.1f}",
+            number(mean(row["scores_with_target_statistics"]), ".1f"),
+            number(row["confidence"], ".1f"),
+            number(row["classes_predicted"], "d"),
+        )
+        for name, row in rows.items()
+    ]
+    tuning = [
+        (
+            label[method],
+            *(
+                f"{weight:g}: " + (f"**{value:.2f}**" if weight == t["chosen"] else f"{value:.2f}")
+                for weight, value in zip(t["weights"], t["scores"], strict=True)
+            ),
+            "yes" if t["at_the_edge"] else "no",
+        )
+        for method, t in summary["tuning"].items()
+    ]
+    grid = range(1, 1 + max(len(t["weights"]) for t in summary["tuning"].values()))
+    per_class = [
+        (c, *(number(row["per_class"][c], ".1f") for row in rows.values()))
+        for c in rows[SOURCE_ONLY]["per_class"]
+    ]
+    sections = [
+        f"# {QUESTION}",
+        f"`{summary['command']}`: {cases.name_of(summary['environment'])}, "
+        f"{summary['seconds_of_all_runs'] / 60:.0f} minutes of computing in "
+        f"{summary['environment']['workers']} processes.",
+        "\n".join(f"- {name}: {text}" for name, text in summary["base"].items()),
+        f"{score[0].upper()}{score[1:]}, seeds 0 to {seeds - 1}. Differences are paired: all rows "
+        "of a seed start from one source model and see the same images. Each has its 95% "
+        "confidence interval (Student's t over seeds, not corrected for the number of comparisons) "
+        "and the seeds won.",
+        table(
+            ("", "weight", "mean", "seeds", "less source only", "less source, continued"), results
+        ),
+        "## Step by step",
+        table(("", "difference"), steps),
+        'The rows named "Multi, …" are about the optimiser: "published" updates backbone tensors '
+        "three or four times per step, all other rows do so once. Their weight is the one chosen "
+        'for "once".',
+        "## What the models do",
+        "Score as it is, and after BatchNorm's statistics were taken from target training images; "
+        "mean confidence (%); classes predicted on at least "
+        f"{GIVEN_UP_BELOW}% of the pixels.",
+        table(("", "mean", "with target statistics", "confidence", "classes"), explained),
+        "## Choice of the weights",
+        f"By the labels of the target's validation images, on seed {TUNING_SEED}, which is not "
+        "reported; the same for all methods. Bold: chosen.",
+        table(("", *(f"weight {i}: score" for i in grid), "at the edge"), tuning),
+        "## Per class",
+        f"{score}, mean over seeds.",
+        table(("", *label.values()), per_class),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def compared(difference: Mapping[str, float] | None, seeds: int) -> str:
+    if difference is None:
+        return "–"
+    form = "{mean:+.2f} [{low:+.2f}, {high:+.2f}] {won}/{seeds}"
+    return form.format(**difference, seeds=seeds)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def plot(summary: Mapping[str, Any]) -> Figure:
+    """Scores of all seeds, differences from the source-only model, and the steps between rows."""
+    rows, seeds = summary["rows"], summary["seeds"]
+    differences = {(d["row"], d["against"]): d for d in summary["differences"]}
+    # Groups are set apart: no target loss, target losses, optimiser.
+    gaps = {SOURCE_ONLY: 0.0, METHODS[0]: 0.5, TRAP[0]: 1.0}
+    places: dict[str, float] = {}
+    gap = 0.0
+    for line, name in enumerate(rows):
+        gap = gaps.get(name, gap)
+        places[name] = line + gap
+
+    figure = Figure(figsize=(8.2, 7.2), layout="constrained")
+    figure.suptitle(cases.name_of(summary["environment"]), fontsize=7, color="0.4")
+    above, below = figure.subfigures(2, 1, height_ratios=(len(rows) + 3, len(STEPS) + 2))
+    dots, gains = above.subplots(1, 2, sharey=True)
+    steps = below.subplots()
+
+    dots.axvline(rows[SOURCE_ONLY]["mean"], color="0.7", linewidth=1)
+    for name, row in rows.items():
+        spread = [places[name] + 0.3 * (seed / (seeds - 1) - 0.5) for seed in range(seeds)]
+        dots.plot(row["scores"], spread, "o", color=color(name), markersize=4, alpha=0.6)
+        dots.plot([row["mean"]] * 2, places[name] + torch.tensor([-0.35, 0.35]), color=color(name))
+    dots.set_yticks([*places.values()], [ROWS[name].label for name in places], fontsize=9)
+    dots.invert_yaxis()
+    dots.set_xlabel(f"{summary['score']}: seeds, and their mean", fontsize=9)
+
+    for name in rows:
+        if name != SOURCE_ONLY:
+            draw_interval(gains, places[name], differences[name, SOURCE_ONLY], color(name))
+    gains.set_xlabel("difference from source only, 95% CI", fontsize=9)
+
+    for line, pair in enumerate(STEPS):
+        draw_interval(steps, line, differences[pair], color(pair[0]))
+    steps.set_yticks(range(len(STEPS)), [*STEPS.values()], fontsize=9)
+    steps.margins(y=0.08)
+    steps.invert_yaxis()
+    steps.set_xlabel("difference between two rows, 95% CI", fontsize=9)
+    for axes in (gains, steps):
+        axes.axvline(0, color="0.7", linewidth=1, zorder=0)
+    for axes in (dots, gains, steps):
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="x", color="0.92")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def color(row: str) -> str:
+    """By group; Okabe and Ito's palette, which colour-blind readers can tell apart."""
+    if row in TRAP:
+        return "#D55E00"
+    return "#0072B2" if row in METHODS else "0.35"
+
+
+def draw_interval(axes: Axes, y: float, difference: Mapping[str, float], color: str) -> None:
+    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+    axes.errorbar(
+        mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3, markersize=5
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
