@@ -137,11 +137,13 @@ def start_fabric(settings: Settings) -> Fabric:
             f"--device cuda needs {settings.processes} GPU(s) for --processes "
             f"{settings.processes} and finds {gpus}: choose --device cpu or fewer processes."
         )
+    together = settings.processes * settings.machines > 1
     fabric = Fabric(
         accelerator=device,
         devices=settings.processes,
+        num_nodes=settings.machines,
         # The heads that a method leaves alone receive no gradient.
-        strategy="ddp_find_unused_parameters_true" if settings.processes > 1 else "auto",
+        strategy="ddp_find_unused_parameters_true" if together else "auto",
         precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
     )
     fabric.launch()

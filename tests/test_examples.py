@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,7 +63,7 @@ def train(out: Path, data_root: Path, *options: str) -> int:
     return train_uda.main([*TINY, "--out", str(out), "--data-root", str(data_root), *options])
 
 
-def run_script(out: Path, *options: str) -> subprocess.Popen[bytes]:
+def run_script(out: Path, *options: str, **environment: str) -> subprocess.Popen[bytes]:
     """A tiny run in a process of its own."""
     command = [sys.executable, str(EXAMPLES / "train_uda.py"), *TINY, "--out", str(out), *options]
     # Another number of threads adds in another order: bitwise equality needs that of this process.
@@ -70,7 +71,8 @@ def run_script(out: Path, *options: str) -> subprocess.Popen[bytes]:
         "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    return subprocess.Popen(command, env=os.environ | same, stdout=subprocess.DEVNULL)
+    environment = os.environ | same | environment
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -256,7 +258,8 @@ def test_processes_share_each_batch(data_root: Path) -> None:
         assert list(batch.name) == [*first.name, *second.name]
 
 
-def test_two_processes_train_as_one(own_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--processes", "--machines"])
+def test_two_processes_train_as_one(own_data: Path, tmp_path: Path, option: str) -> None:
     """Half of the batch each and frozen BatchNorm give the weights of one process."""
     for path in (own_data / "GTA5" / "labels").iterdir():
         # A mean over pixels is the mean of its halves only if both count as many pixels.
@@ -264,10 +267,16 @@ def test_two_processes_train_as_one(own_data: Path, tmp_path: Path) -> None:
     options = ["--scenes", "0", "--freeze-bn", "--method", "maxsquare-iw", "--source-steps", "1",
                "--steps", "1"]  # fmt: skip
     assert train(tmp_path / "one", own_data, *options) == 0
-    process = run_script(
-        tmp_path / "two", "--data-root", str(own_data), *options, "--processes", "2"
-    )
-    assert process.wait(timeout=120) == 0
+    options += ["--data-root", str(own_data), option, "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        run_script(tmp_path / "two", *options, **address, NODE_RANK=str(rank))
+        for rank in range(2 if option == "--machines" else 1)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0] * len(processes)
     one, two = (checkpoint.load(tmp_path / name / "last.pt") for name in ("one", "two"))
     # Rounding switches some ReLUs of the untrained network: in float64 it is exact.
     assert distance(gradient(two), gradient(one)) < 0.03

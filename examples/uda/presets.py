@@ -114,7 +114,10 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; "auto" takes a GPU if there is one."""
     processes: int = 1
-    """Processes that share each batch, one GPU each (or CPU processes)."""
+    """Processes on this machine that share each batch, one GPU each (or CPU processes)."""
+    machines: int = 1
+    """Machines that share each batch, with a common --out and --data-root. Start the same command
+    on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set as torch.distributed expects."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network; weights and losses stay in fp32."""
     channels_last: bool = False
@@ -133,8 +136,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         positive = (
-            "source_size target_size source_horizon source_lr lr batch_size processes log_every "
-            "save_every evaluate_every"
+            "source_size target_size source_horizon source_lr lr batch_size processes machines "
+            "log_every save_every evaluate_every"
         )
         for name in positive.split():
             value = getattr(self, name)
@@ -149,10 +152,10 @@ class Settings:
         for name in ("ratio", "threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{option(name)} must be from 0 to 1, not {getattr(self, name)}.")
-        if self.batch_size % self.processes:
+        if self.batch_size % (self.processes * self.machines):
             raise UserError(
                 f"--batch-size {self.batch_size} does not divide among --processes "
-                f"{self.processes}: make it a multiple."
+                f"{self.processes} on each of --machines {self.machines}: make it a multiple."
             )
         if self.source_horizon < self.source_steps:
             raise UserError(
