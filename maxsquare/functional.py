@@ -6,7 +6,8 @@ the same defaults; formulas, shapes and errors are told there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +45,8 @@ class _Definition(NamedTuple):
 _ENTROPY = _Definition(1)
 # The sum of squares is 1 - S_2; the published image-wise code leaves out the half.
 _MAX_SQUARE = _Definition(2, factor=0.5, shift=-1, published=2)
-# The options that a guidance takes from the target loss that it stands beside.
-_COMMON = ("reduction", "activation", "from_logits")
+# The options that a guidance shares with the target loss beside it.
+_SHARED = ("reduction", "activation", "from_logits")
 
 
 def max_square(
@@ -253,6 +254,7 @@ def multi_level_loss(
     logits: Tensor,
     low_logits: Tensor | Sequence[Tensor],
     target: Callable[..., Tensor] = max_square,
+    options: Mapping[str, Any] = MappingProxyType({}),
     *,
     threshold: float = 0.95,
     weight: float = 0.1,
@@ -260,24 +262,25 @@ def multi_level_loss(
     align_corners: bool = False,
     valid: Tensor | None = None,
     labels: Tensor | None = None,
-    **options: Any,
 ) -> Tensor:
     """The final head's target loss plus weighted guidance: `maxsquare.MultiLevelLoss`.
 
-    target: `max_square`, `entropy`, `tsallis_entropy` or `pseudo_label_loss`, with its options.
+    target, options: `max_square`, `entropy`, `tsallis_entropy` or `pseudo_label_loss`, and its
+    options; the guidance shares its reduction, activation and from_logits.
     """
     check_options(threshold=threshold, weight=weight)
+    call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
     definition = {max_square: _MAX_SQUARE, entropy: _ENTROPY}.get(target)
     if target is tsallis_entropy and "q" in options:
-        definition = _Definition(options.pop("q"))
-    call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
+        definition = _Definition(options["q"])
     several = isinstance(low_logits, Sequence) and len(low_logits) > 1
     if definition is None or several or options.get("reduction") == "none":
-        common = {name: options[name] for name in _COMMON if name in options}
-        guidance = guidance_loss(logits, low_logits, threshold=threshold, **call, **common)
+        shared = {name: options[name] for name in _SHARED if name in options}
+        guidance = guidance_loss(logits, low_logits, threshold=threshold, **call, **shared)
         return target(logits, **call, labels=labels, **options) + weight * guidance
     call |= {"low_logits": low_logits, "threshold": threshold, "weight": weight, "labels": labels}
-    return _tsallis_loss(logits, definition, **call, **options)
+    call |= {name: value for name, value in options.items() if name != "q"}
+    return _tsallis_loss(logits, definition, **call)
 
 
 def cross_entropy(

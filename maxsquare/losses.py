@@ -475,13 +475,13 @@ class MultiLevelLoss(nn.Module):
             logits,
             low_logits,
             type(self.target_loss).function,
+            self.target_loss.options(),
             threshold=self.guidance.threshold,
             weight=self.weight,
             size=size,
             align_corners=align_corners,
             valid=valid,
             labels=labels,
-            **self.target_loss.options(),
         )
 
     def extra_repr(self) -> str:

@@ -232,7 +232,7 @@ class Member:
 
     name: str
     make: Callable[..., nn.Module]
-    function: Callable[..., Tensor] | None
+    function: Callable[..., Tensor]
     formula: Formula | None
     heads: int = 1
     threshold: float = 0.6
@@ -258,6 +258,20 @@ class Member:
 
 def _multi_level(target: Callable[..., nn.Module], **options: Any) -> nn.Module:
     return maxsquare.MultiLevelLoss(target(**options), threshold=0.6, weight=0.3)
+
+
+OPTIONS = ("reduction", "scale", "activation", "from_logits", "ignore_index")
+
+
+def _multi_level_function(target: Callable[..., Tensor], **own: Any) -> Callable[..., Tensor]:
+    return lambda *heads, **options: functional.multi_level_loss(
+        *heads,
+        target,
+        own | {name: options.pop(name) for name in OPTIONS if name in options},
+        threshold=0.6,
+        weight=0.3,
+        **options,
+    )
 
 
 def _tsallis(q: float, ratio: float | None = None) -> Member:
@@ -309,7 +323,7 @@ MEMBERS = [
     Member(
         "multi_level",
         partial(_multi_level, maxsquare.EntropyLoss),
-        None,
+        _multi_level_function(functional.entropy),
         Formula(q=1),
         heads=2,
         weight=0.3,
@@ -317,8 +331,24 @@ MEMBERS = [
     Member(
         "iw_multi_level",
         partial(_multi_level, maxsquare.IWMaxSquareLoss),
-        None,
+        _multi_level_function(functional.max_square, ratio=0.2),
         Formula(q=2, ratio=0.2, max_square=True),
+        heads=2,
+        weight=0.3,
+    ),
+    Member(
+        "tsallis_multi_level",
+        partial(_multi_level, partial(maxsquare.TsallisEntropyLoss, 1.5)),
+        _multi_level_function(functional.tsallis_entropy, q=1.5),
+        Formula(q=1.5),
+        heads=2,
+        weight=0.3,
+    ),
+    Member(
+        "pseudo_label_multi_level",
+        partial(_multi_level, partial(maxsquare.PseudoLabelLoss, threshold=0.6)),
+        _multi_level_function(functional.pseudo_label_loss, threshold=0.6),
+        Formula(threshold=0.6),
         heads=2,
         weight=0.3,
     ),

@@ -52,15 +52,12 @@ from maxsquare import (
     functional,
 )
 
-WITH_FUNCTION = [member for member in MEMBERS if member.function is not None]
-
-
 # --------------------------------------------------------------------------------------------
 # Twins
 # --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("member", WITH_FUNCTION, ids=repr)
+@pytest.mark.parametrize("member", MEMBERS, ids=repr)
 @given(st.data())
 def test_module_and_function_are_twins(member: Member, data: st.DataObject) -> None:
     batch = data.draw(batches())
@@ -72,17 +69,15 @@ def test_module_and_function_are_twins(member: Member, data: st.DataObject) -> N
     inputs = batch.inputs(member)
     if not chosen["from_logits"]:
         inputs = tuple(x.softmax(1) for x in inputs)
-    assert member.function is not None
     value = member.function(*inputs, **chosen, **call)
     assert torch.equal(value, member.make(**chosen)(*inputs, **call))
 
 
-@pytest.mark.parametrize("member", WITH_FUNCTION, ids=repr)
+@pytest.mark.parametrize("member", MEMBERS, ids=repr)
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_module_and_function_upsample_alike(member: Member, align_corners: bool) -> None:
     inputs = inputs_of(member)
     call = {"size": (9, 11), "align_corners": align_corners}
-    assert member.function is not None
     assert torch.equal(member.function(*inputs, **call), member.make()(*inputs, **call))
 
 
@@ -478,9 +473,7 @@ def test_a_bad_argument_is_told_what_is_wanted(
 ) -> None:
     inputs = (logits,) * member.heads
     assert_tells(error, argument, told, lambda: member.make()(*inputs, **call))
-    if member.function is not None:
-        function = member.function
-        assert_tells(error, argument, told, lambda: function(*inputs, **call))
+    assert_tells(error, argument, told, lambda: member.function(*inputs, **call))
 
 
 @pytest.mark.parametrize(("argument", "logits", "call", "error", "told"), BAD_CALLS)
@@ -522,9 +515,8 @@ def test_labels_are_refused_where_no_image_weight_uses_them(member: Member) -> N
     inputs = (LOGITS,) * member.heads
     with pytest.raises((TypeError, ValueError), match=r"\blabels\b"):
         member.make()(*inputs, labels=LABELS)
-    if member.function is not None:
-        with pytest.raises((TypeError, ValueError), match=r"\blabels\b"):
-            member.function(*inputs, labels=LABELS)
+    with pytest.raises((TypeError, ValueError), match=r"\blabels\b"):
+        member.function(*inputs, labels=LABELS)
 
 
 @pytest.mark.parametrize(("low_logits", "call", "error", "told"), BAD_LOW_LOGITS)
@@ -552,7 +544,7 @@ def test_softmax_over_a_single_class_is_refused_and_sigmoid_is_not() -> None:
         assert member.make(activation="sigmoid")(*inputs).isfinite()
 
 
-@pytest.mark.parametrize("member", WITH_FUNCTION, ids=repr)
+@pytest.mark.parametrize("member", MEMBERS, ids=repr)
 def test_functions_check_their_options_too(member: Member) -> None:
     function = member.function
     assert function is not None
