@@ -22,7 +22,7 @@ BLOCK_BYTES_PER_THREAD = 640 * 1024
 # Columns interpolated at a time: the fewer, the fewer zeros are multiplied, but the more calls.
 COLUMNS_PER_BAND = 256
 # Low-resolution rows kept at the width of the result: one more is read twice for every so many.
-ROWS_PER_STRIP = 4
+ROWS_PER_STRIP = 8
 
 
 class Swept(NamedTuple):
