@@ -246,8 +246,8 @@ class Digits:
     weight_decay = 5e-4
     low_weight = 0.1
     # Times the published weight: 1, 5, 25, 125, 625. Pseudo labels, which have no published weight
-    # and whose loss is not divided by the number of classes, get a grid as wide. (On the tuning
-    # seed every method did best at 125, then the end of the grid: hence 625.)
+    # and whose loss is not divided by the number of classes, get a grid as wide. (With a
+    # grid that ended at 125, run through all seeds, every method had chosen its end: hence 625.)
     weights = {
         "entropy": (0.1, 0.5, 2.5, 12.5, 62.5),
         "tsallis-1.5": (0.1, 0.5, 2.5, 12.5, 62.5),
