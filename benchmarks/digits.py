@@ -312,14 +312,12 @@ class Digits:
         Args:
             source: weights of the source model.
             seed: fixes the canvases; those of the source go on where the source model stopped.
-            method: key of `adaptation.methods`, or "tsallis-1.5".
+            method: key of `adaptation.methods`.
             weight: of the target loss.
             updates: how often a step updates the backbone, see `adaptation.parameter_groups`.
             lr_multiple: multiplies the backbone's learning rate; the heads keep theirs.
         """
-        losses = adaptation.methods(low_weight=self.low_weight)
-        losses["tsallis-1.5"] = maxsquare.TsallisEntropyLoss(1.5, scale="reference")
-        loss = losses[method]
+        loss = adaptation.methods(low_weight=self.low_weight)[method]
         both_heads = isinstance(loss, maxsquare.MultiLevelLoss)
         return self._train(
             _network(source),

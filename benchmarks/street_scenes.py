@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import Subset
 
-import maxsquare
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from uda import adaptation, deeplab, loading, scenes
+from uda import adaptation, deeplab, loading
 from uda.adaptation import BackboneUpdates
 from uda.datasets import Progress
 from uda.evaluation import evaluate, predict
@@ -83,16 +81,7 @@ class StreetScenes:
         }
 
     def prepare(self, on_progress: Progress) -> None:
-        s = self.settings
-        scenes.render(
-            s.data_root,
-            seed=loading.SCENES_SEED,
-            train=s.scenes,
-            val=max(s.scenes // 4, 1),
-            size=s.target_size,
-            source_size=s.source_size,
-            on_progress=on_progress,
-        )
+        loading.render_scenes(self.settings, on_progress)
 
     def train_source(self, seed: int) -> dict[str, Tensor]:
         s = replace(self.settings, seed=seed)
@@ -180,7 +169,8 @@ def _train(
     first_source_batch: int = 0,
 ) -> dict[str, Tensor]:
     """One stage as in train_uda.py; the learning rate reaches zero at its end."""
-    target_loss = target_losses(s)[method]
+    losses = adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight)
+    target_loss = losses[method]
     *backbone, heads = adaptation.parameter_groups(network, lr, backbone_updates=s.backbone_updates)
     for group in backbone:
         group["lr_multiple"] *= lr_multiple
@@ -213,11 +203,3 @@ def _train(
                 low_weight=low_weight,
             )
     return network.state_dict()
-
-
-def target_losses(s: Settings) -> dict[str, torch.nn.Module | None]:
-    """Those of train_uda.py, and one between entropy and maximum squares."""
-    return {
-        **adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight),
-        "tsallis-1.5": maxsquare.TsallisEntropyLoss(1.5, scale="reference"),
-    }

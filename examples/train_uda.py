@@ -105,7 +105,12 @@ def run(settings: Settings, console: Console) -> None:
         outputs.write_json(out / "settings.json", outputs.as_json(settings))
         console.print(f"Writing to {out}")
         if settings.scenes:
-            loading.render_scenes(settings, console)
+            with report.progress_bar(console) as progress:
+                task = progress.add_task("rendering scenes", total=None, note="")
+                loading.render_scenes(
+                    settings,
+                    lambda done, of: progress.update(task, completed=done, total=of),
+                )
     else:
         console.quiet = True
     fabric.barrier()

@@ -471,6 +471,12 @@ class MultiLevelLoss(nn.Module):
         labels: Tensor | None = None,
     ) -> Tensor:
         """Target loss plus weighted guidance."""
+        if type(self.target_loss).forward is not _TargetLoss.forward:
+            # A user's own forward: the functional form would pass it over.
+            call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
+            target: Tensor = self.target_loss(logits, **call, labels=labels)
+            guidance: Tensor = self.guidance(logits, low_logits, **call)
+            return target + self.weight * guidance
         return functional.multi_level_loss(
             logits,
             low_logits,

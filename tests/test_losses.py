@@ -860,3 +860,15 @@ def test_the_loss_is_that_of_ordinary_torch_code() -> None:
     torch.testing.assert_close(
         PseudoLabelLoss(threshold=0.6)(logits), F.cross_entropy(logits, labels)
     )
+
+
+def test_a_target_loss_with_a_forward_of_its_own_is_heard_within_the_multi_level_loss() -> None:
+    class Doubled(EntropyLoss):
+        def forward(self, logits: Tensor, **call: Any) -> Tensor:
+            return 2 * super().forward(logits, **call)
+
+    logits, low_logits = random_logits((1, 3, 4, 5)), random_logits((1, 3, 4, 5), seed=1)
+    guidance = MultiLevelGuidance()(logits, low_logits, size=(9, 11))
+    own = MultiLevelLoss(Doubled())(logits, low_logits, size=(9, 11))
+    entropy = EntropyLoss()(logits, size=(9, 11))
+    assert_close(own, 2 * entropy + 0.1 * guidance)

@@ -44,6 +44,7 @@ def methods(
         "source": None,
         "entropy": maxsquare.EntropyLoss(scale="reference"),
         "entropy-iw": maxsquare.IWEntropyLoss(ratio=ratio, scale="reference"),
+        "tsallis-1.5": maxsquare.TsallisEntropyLoss(1.5, scale="reference"),
         "maxsquare": maxsquare.MaxSquareLoss(scale="reference"),
         "maxsquare-iw": image_wise,
         "maxsquare-iw-multi": maxsquare.MultiLevelLoss(

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 
 from uda import checkpoint, datasets, deeplab, scenes
-from uda.datasets import Sample, SegmentationDataset
+from uda.datasets import Progress, Sample, SegmentationDataset
 from uda.errors import UserError
 from uda.outputs import from_json
 from uda.presets import Settings
@@ -23,19 +23,17 @@ from uda.report import data_table, progress_bar
 SCENES_SEED = 0
 
 
-def render_scenes(s: Settings, console: Console) -> None:
+def render_scenes(s: Settings, on_progress: Progress) -> None:
     """Draw the demo's data sets into the data root, as far as they are not there yet."""
-    with progress_bar(console) as progress:
-        task = progress.add_task("rendering scenes", total=None, note="")
-        scenes.render(
-            s.data_root,
-            seed=SCENES_SEED,
-            train=s.scenes,
-            val=max(s.scenes // 4, 1),
-            size=s.target_size,
-            source_size=s.source_size,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    scenes.render(
+        s.data_root,
+        seed=SCENES_SEED,
+        train=s.scenes,
+        val=max(s.scenes // 4, 1),
+        size=s.target_size,
+        source_size=s.source_size,
+        on_progress=on_progress,
+    )
 
 
 def open_data(

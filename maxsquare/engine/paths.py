@@ -72,12 +72,15 @@ def accumulate_both(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """`accumulate` of a head z and of a low-level head that z guides, each by its problem.
 
-    Upsampled on a CPU, both take value and slope from one pass over the pixels.
+    If upsampled, both take value and slope from one pass over the pixels, where a path has one.
     """
     path = choose_path(z, low, valid)
     sloped = torch.is_grad_enabled() and z.requires_grad and low.requires_grad
-    if path is blocks and sloped and problem.size is not None and z.dtype == low.dtype:
-        sums, counts, low_sums, low_counts = _SweepBoth.apply(z, low, valid, problem, guided, weigh)
+    alike = problem.size is not None and z.dtype == low.dtype
+    if hasattr(path, "sweep_both") and sloped and alike:
+        sums, counts, low_sums, low_counts = _SweepBoth.apply(
+            z, low, valid, problem, guided, path, weigh
+        )
         return (sums, counts), (low_sums, low_counts)
     return (
         accumulate(z, problem, valid=valid, weigh=weigh),
@@ -218,17 +221,18 @@ class _SweepBoth(torch.autograd.Function):
         valid: Tensor | None,
         problem: Problem,
         guided: Problem,
+        path: Any,
         weigh: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, counts, weights = None, None, z.new_ones(len(z), 1)
         if weigh is not None:
-            indices = _sweep(blocks, z, problem._replace(potential=None), valid=valid)
+            indices = _sweep(path, z, problem._replace(potential=None), valid=valid)
             y, counts, weights = indices.y, indices.counts, weigh(indices.counts)
         own, _ = _decided(problem, y, {"valid": valid})
         with _bare(z):
-            swept, low_swept = blocks.sweep_both(
+            swept, low_swept = path.sweep_both(
                 z.detach(),
-                blocks.Own(own, y, weights),
+                path.Own(own, y, weights),
                 low.detach(),
                 guided,
                 valid=valid,
@@ -257,7 +261,7 @@ class _SweepBoth(torch.autograd.Function):
                 s * g.view(-1, *[1] * (z.dim() - 1))
                 for s, g in ((slope, grad), (low_slope, low_grad))
             )
-        return slope.to(z.dtype), low_slope.to(low.dtype), None, None, None, None
+        return slope.to(z.dtype), low_slope.to(low.dtype), None, None, None, None, None
 
 
 def _decided(
