@@ -7,6 +7,7 @@ the same defaults; formulas, shapes and errors are told there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -31,20 +32,20 @@ Size = int | Sequence[int] | None
 
 
 class _Definition(NamedTuple):
-    """A target loss: factor (S_q + shift) per pixel.
+    """A target loss: factor (S_q + offset) per pixel.
 
     published: times 1 / C, what the published code multiplies its image-wise form by.
     """
 
     q: float
     factor: float = 1
-    shift: float = 0
+    offset: float = 0
     published: float = 1
 
 
 _ENTROPY = _Definition(1)
 # The sum of squares is 1 - S_2; the published image-wise code leaves out the half.
-_MAX_SQUARE = _Definition(2, factor=0.5, shift=-1, published=2)
+_MAX_SQUARE = _Definition(2, factor=0.5, offset=-1, published=2)
 # The options that a guidance shares with the target loss beside it.
 _SHARED = ("reduction", "activation", "from_logits")
 
@@ -402,7 +403,7 @@ def _tsallis_loss(
     from_logits: bool = True,
 ) -> Tensor:
     """The loss of a definition, reduced; with low-level heads, plus their weighted guidance."""
-    q, factor, shift, published = definition
+    q, factor, offset, published = definition
     check_options(
         reduction=reduction,
         scale=scale,
@@ -423,8 +424,7 @@ def _tsallis_loss(
     z = _images(logits, binary)
     valid = None if valid is None else _image_maps(valid, logits, binary)
     image_wise = ratio is not None
-    potential = Tsallis(q, normalised=from_logits)
-    shift += potential.shift
+    potential = Tsallis(q, normalised=from_logits, offset=offset)
     problem = Problem(potential, size, align_corners, binary, from_logits, by_class=image_wise)
     classes = 2 if binary else z.shape[1]
     if scale == "reference":
@@ -435,30 +435,27 @@ def _tsallis_loss(
 
     if reduction == "none":
         phi, y, counted = engine.terms(z, problem, valid=valid)
-        phi = torch.where(counted, factor * (phi + shift), 0)
+        phi = factor * phi
         if ratio is not None:
             counts = _count(torch.where(counted, y, -1), classes) if given is None else given
             phi = phi * _look_up(_bin_weights(counts, ratio, phi.dtype), y)
         return _pixels(phi, logits, binary)
 
     def weigh(counts: Tensor) -> Tensor:
-        assert ratio is not None
-        return _bin_weights(counts if given is None else given, ratio, z.dtype)
+        if ratio is None:
+            return _pixel_weights(counts, reduction, z.dtype, factor)
+        weights = _bin_weights(counts if given is None else given, ratio, z.dtype)
+        return factor * weights / (max(len(counts), 1) if reduction == "mean" else 1)
 
-    how: dict[str, Any] = {"valid": valid, "weigh": weigh if image_wise else None}
+    how: dict[str, Any] = {"valid": valid, "weigh": weigh}
     if low_logits is None:
-        sums, counts = engine.accumulate(z, problem, **how)
-    else:
-        guided = problem._replace(potential=Label(), by_class=False, threshold=threshold)
-        (low_head,) = check_heads(low_logits, logits, resized=size is not None)
-        low = _images(low_head, binary)
-        (sums, counts), low_bins = engine.accumulate_both(z, problem, low, guided, **how)
-    if image_wise:
-        loss = factor * (sums.sum() + shift * (weigh(counts) * counts).sum())
-        loss = loss / max(len(sums), 1) if reduction == "mean" else loss
-    else:
-        loss = _reduce(factor * (sums + shift * counts), counts, reduction)
-    return loss if low_logits is None else loss + weight * _reduce(*low_bins, reduction)
+        sums, _ = engine.accumulate(z, problem, **how)
+        return sums.sum()
+    guided = problem._replace(potential=Label(), by_class=False, threshold=threshold)
+    (low_head,) = check_heads(low_logits, logits, resized=size is not None)
+    low = _images(low_head, binary)
+    (sums, _), (low_sums, counts) = engine.accumulate_both(z, problem, low, guided, **how)
+    return sums.sum() + (_pixel_weights(counts, reduction, z.dtype, weight) * low_sums).sum()
 
 
 def _label_loss(
@@ -477,20 +474,27 @@ def _label_loss(
     if reduction == "none":
         phi, _, _ = engine.terms(z, problem, guide=guide, labels=labels, valid=valid)
         return _pixels(phi, logits, problem.binary)
-    sums, counts = engine.accumulate(z, problem, guide=guide, labels=labels, valid=valid)
-    return _reduce(sums, counts, reduction)
+    weigh = partial(_pixel_weights, reduction=reduction, dtype=z.dtype)
+    sums, _ = engine.accumulate(z, problem, guide=guide, labels=labels, valid=valid, weigh=weigh)
+    return sums.sum()
 
 
-def _reduce(sums: Tensor, counts: Tensor, reduction: str) -> Tensor:
+def _pixel_weights(counts: Tensor, reduction: str, dtype: torch.dtype, factor: float = 1) -> Tensor:
+    """(N, 1) counts -> (N, 1) weights of the pixels in their sum, or mean over the batch."""
     # Nothing counted: 0 / 1, a zero that keeps its graph.
-    return sums.sum() / counts.sum().clamp_min(1) if reduction == "mean" else sums.sum()
+    pixels = counts.sum().clamp_min(1) if reduction == "mean" else 1
+    return torch.full_like(counts, factor, dtype=_accumulating(dtype)) / pixels
 
 
 def _bin_weights(counts: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
     """(N, C) counts -> (N, C) weights 1 / max(N_c^a N^(1-a), 1)."""
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    n = counts.to(dtype)
+    n = counts.to(_accumulating(dtype))
     return 1 / (n**ratio * n.sum(1, keepdim=True) ** (1 - ratio)).clamp_min(1)
+
+
+def _accumulating(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the engine adds up terms of this one."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _look_up(weights: Tensor, y: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ by a constant, and t_c = p_c L(p_c). Then g_c = -q L(p_c) + constant, and
 
 The shift is free, and saves digits: a = 1 / (q - 1) makes L a plain power, without a
 difference that flat predictions would lose; but near q = 1 it is huge, and a = 0 with
-expm1((q-1) log p) / (q - 1) is exact all the way to the logarithm at q = 1. The potential
-is S_q - a; whoever wants S_q adds a after the summing.
+expm1((q-1) log p) / (q - 1) is exact all the way to the logarithm at q = 1.
 """
 
 from __future__ import annotations
@@ -31,18 +30,24 @@ POWER_FROM_Q = 1.5
 
 
 class Tsallis(NamedTuple):
-    """S_q of the class probabilities; q = 1 is Shannon's entropy, q = 2 maximum squares.
+    """S_q + offset; q = 1 is Shannon's entropy, q = 2 with offset -1 minus the sum of squares.
 
     normalised: the probabilities are known to add up to one.
     """
 
     q: float
     normalised: bool = True
+    offset: float = 0
 
     @property
     def shift(self) -> float:
         """a."""
         return 1 / (self.q - 1) if self.q >= POWER_FROM_Q else 0.0
+
+    @property
+    def constant(self) -> float:
+        """What - sum_c t_c lacks."""
+        return self.shift + self.offset
 
     def shifted_log(self, p: Tensor, log_p: Tensor) -> Tensor:
         """L(p), finite at p = 0, so that p L(p) = 0 there."""
@@ -54,8 +59,8 @@ class Tsallis(NamedTuple):
         return log_p if self.q == 1 else torch.expm1((self.q - 1) * log_p) / (self.q - 1)
 
     def value(self, p: Tensor, log_p: Tensor, y: Tensor | None = None) -> Tensor:
-        """phi = S_q - a: (N, C, *) probabilities and their logarithms -> (N, *)."""
-        phi = -(p * self.shifted_log(p, log_p)).sum(1)
+        """(N, C, *) probabilities and their logarithms -> (N, *)."""
+        phi = self.constant - (p * self.shifted_log(p, log_p)).sum(1)
         if self.normalised or self.shift or self.q == 1:
             return phi
         # With a = 0 the sum above takes 1 for the sum of the probabilities.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 from support import LAYOUTS, assert_close, assert_within_budget, lay_out, random_logits
 from torch import Tensor
 
-from maxsquare.engine import Problem, bilinear, blocks, paths, pixelwise
+from maxsquare import MaxSquareLoss
+from maxsquare.engine import Problem, bilinear, blocks, memory, paths, pixelwise
 from maxsquare.potentials import Label, Tsallis
 
 PROBLEMS = {
@@ -222,6 +225,20 @@ def test_low_precision_stays_within_the_budget_of_the_plain_formula(
         assert_within_budget(a, b, c, dtype)
 
 
+def test_a_loss_scale_saves_half_precision_gradients_from_underflow() -> None:
+    z = random_logits((1, 19, 128, 128)).half()
+    scale = 2.0**16
+    gradients = []
+    for leaf in (z.requires_grad_(), z.detach().double().requires_grad_()):
+        (gradient,) = torch.autograd.grad(MaxSquareLoss()(leaf) * scale, leaf)
+        gradients.append(gradient.double())
+    ours, exact = gradients
+    # Without the scale, the mean over the pixels puts most of them below 6e-5, with fewer digits.
+    normal = exact.abs() > torch.finfo(torch.half).tiny
+    assert normal.double().mean() > 0.9 and ((exact / scale).abs() < 6e-5).all()
+    assert ((ours - exact).abs() <= 2 * torch.finfo(torch.half).eps * exact.abs())[normal].all()
+
+
 @pytest.mark.parametrize("name", [*PROBLEMS])
 @pytest.mark.parametrize("size", [None, (9, 13)], ids=["as is", "upsampled"])
 def test_gradcheck_with_respect_to_the_logits_that_are_given(
@@ -359,6 +376,34 @@ def test_logits_changed_between_the_passes_are_noticed() -> None:
     leaf += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         sums.sum().backward()
+
+
+@pytest.mark.parametrize("advised", [True, False], ids=["huge pages", "elsewhere"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_results_have_the_layout_of_the_logits(
+    monkeypatch: pytest.MonkeyPatch, layout: str, advised: bool
+) -> None:
+    if not advised:
+        monkeypatch.setattr(memory, "_madvise", lambda: None)
+    z = lay_out(torch.zeros(2, 8, 256, 512), layout)
+    out, expected = memory.empty_like(z), torch.empty_like(z)
+    assert (out.shape, out.dtype, out.stride()) == (z.shape, z.dtype, expected.stride())
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages to ask for"
+)
+def test_large_results_ask_for_huge_pages() -> None:
+    # Above 32 MiB the C library maps a tensor by itself.
+    out = memory.empty_like(torch.empty(2**24))
+    middle, start, stop = out.data_ptr() + out.nbytes // 2, 0, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            start, stop = (int(end, 16) for end in line.split()[0].split("-"))
+        elif line.startswith("VmFlags") and start <= middle < stop:
+            assert "hg" in line.split()
+            return
+    raise AssertionError("the tensor is nowhere")
 
 
 MEASURE = """

@@ -7,12 +7,14 @@ which every step of the formula is a pass through the cache rather than through 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from maxsquare.engine import memory
 from maxsquare.engine.bilinear import axis_bands
 from maxsquare.engine.pixelwise import LOWEST_LOGIT, Problem
 from maxsquare.potentials import Label, Tsallis
@@ -55,9 +57,10 @@ class _Pixels(NamedTuple):
     strange: bool
 
     def narrow(self) -> Tensor:
-        """The indices, -1 where they do not count."""
+        """The indices, -1 (in uint8: 255) where they do not count."""
         assert self.y is not None
-        return self.y if self.counted is None else self.y.where(self.counted, -1)
+        none = 255 if self.y.dtype == torch.uint8 else -1
+        return self.y if self.counted is None else self.y.where(self.counted, none)
 
 
 class Own(NamedTuple):
@@ -66,6 +69,14 @@ class Own(NamedTuple):
     problem: Problem
     labels: Tensor | None
     weights: Tensor
+
+
+def at_once(z: Tensor, problem: Problem) -> bool:
+    """Whether one pass shall take value and slope, before the upstream gradient is known.
+
+    Not if the slope would be rounded to half precision: loss scales are there to avoid that.
+    """
+    return problem.size is not None or z.dtype.itemsize >= 4
 
 
 def index_dtype(classes: int) -> torch.dtype:
@@ -133,6 +144,9 @@ def _sweep(
     counts = z.new_zeros(len(z), bins, dtype=torch.long)
     own_sums, own_counts = (torch.zeros_like(t[:, :1]) for t in (sums, counts))
     y_map = phi_map = None
+    # Nothing but the largest logits is wanted.
+    looks = problem.potential is None and problem.threshold is None and labels is None
+    y_dtype = index_dtype(classes) if looks else torch.long
     if predicts and not sloped:
         y_map = z.new_empty(shape, dtype=index_dtype(classes))
     if per_pixel and not sloped:
@@ -147,17 +161,21 @@ def _sweep(
         weights = weights.to(dtype)
         weights = _rows(weights, source.length) if per_pixel else weights
 
+    order = range(len(source.slices))
+    if sloped and problem.size is None:
+        # Backwards: what a pass before this one has read last may still be in a cache.
+        order = order[::-1]
     for n in range(len(z) if math.prod(shape) else 0):
         for head in heads:
             head.start(n)
-        for k in range(len(source.slices)):
-            x, *guides = (head.load(k) for head in heads)
+        for k in order:
+            x, *guides = (head.look(k) if looks else head.load(k) for head in heads)
             spare, other = (spares[i][: x.numel()].view_as(x) for i in (0, -1))
             counted = None if valid_rows is None else source.pixels(valid_rows, k)
             pixels = _Pixels(None, counted, False)
             if label_rows is not None:
                 pixels = _given(source.pixels(label_rows, k), pixels, problem, classes)
-            if pixels.counted is not None:
+            if pixels.counted is not None and not looks:
                 for logits in (x, *guides):
                     logits.masked_fill_(~pixels.counted.unsqueeze(1), 0)
 
@@ -176,7 +194,7 @@ def _sweep(
 
             p = log_p = x
             if predicts and problem.threshold is None:
-                pixels = pixels._replace(y=_argmax(p, spare))
+                pixels = pixels._replace(y=_argmax(p, spare, y_dtype))
             if problem.potential is not None or problem.threshold is not None:
                 p, log_p = _probabilities(p, problem, spare)
             if predicts and problem.threshold is not None:
@@ -220,8 +238,11 @@ def _settle(
     if weights is None:
         _add_to_bins(sums, phi, y)
         return phi
-    w = weights if weights.dim() == 2 or len(weights) == 1 or y is None else _look_up(weights, y)
-    if weights.dim() == 1:
+    w = weights
+    if weights.dim() == 1 and weights.shape[0] == 1:
+        sums.add_(phi.sum(), alpha=weights.item())
+    elif weights.dim() == 1 and y is not None:
+        w = _look_up(weights, y)
         sums += (w * phi).sum()
     if counted is not None:
         w = w.where(counted, 0)
@@ -241,7 +262,7 @@ def _rows(pixels: Tensor, length: int) -> Tensor:
 def _given(labels: Tensor, pixels: _Pixels, problem: Problem, classes: int) -> _Pixels:
     """Pixels whose indices are given; one that does not count is 0."""
     y, ignore, counted = labels.long(), problem.ignore_index, pixels.counted
-    least, most = torch.aminmax(y)
+    least, most = _range(y)
     if least >= 0 and most < classes and not 0 <= ignore < classes:
         return _Pixels(y, counted, False)
     counts = (y != -1) & (y != ignore)
@@ -285,17 +306,27 @@ def _confident(
     return _Pixels(y, accepted if counted is None else accepted & counted, strange)
 
 
-def _argmax(x: Tensor, spare: Tensor) -> Tensor:
+def _argmax(x: Tensor, spare: Tensor, dtype: torch.dtype = torch.long) -> Tensor:
     """The first of the largest; comparing with the maximum is cheaper than looking for it."""
     classes = x.shape[1]
     hit = torch.eq(x, x.amax(1, keepdim=True), out=spare)
     # One hit at class c sums up to C + c; none (NaN) gives 0, and several at least 2 C.
-    codes = torch.arange(classes, 2 * classes, dtype=x.dtype, device="cpu").unsqueeze(1)
-    code = hit.mul_(codes).sum(1)
-    least, most = torch.aminmax(code)
+    code = hit.mul_(_codes(classes, x.dtype)).sum(1)
+    least, most = _range(code)
     if least < classes or most >= 2 * classes:
-        return x.argmax(1)
-    return code.long().sub_(classes)
+        return x.argmax(1).to(dtype)
+    return code.sub_(classes).to(dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _codes(classes: int, dtype: torch.dtype) -> Tensor:
+    return torch.arange(classes, 2 * classes, dtype=dtype, device="cpu").unsqueeze(1)
+
+
+def _range(x: Tensor) -> tuple[float, float]:
+    """The least and the most: a comparison of numbers costs less than one of tensors."""
+    least, most = torch.aminmax(x)
+    return least.item(), most.item()
 
 
 def _potential(
@@ -312,7 +343,11 @@ def _potential(
         if problem.from_logits:
             t = torch.mul(t, p, out=spare if t is p else t)
             total = t.sum(1)
-            return -total, t.addcmul_(p, total.unsqueeze(1), value=-1) if sloped else t, -q
+            return (
+                potential.constant - total,
+                t.addcmul_(p, total.unsqueeze(1), value=-1) if sloped else t,
+                -q,
+            )
         # (p L)' = L + p^(q-1), and p^(q-1) = (q - 1) (L - a) + 1.
         power = (q - 1) * t + (0 if a else 1)
         if not a:
@@ -374,7 +409,7 @@ class _Whole:
     ) -> None:
         self.binary, self.from_logits = problem.binary, problem.from_logits
         self.z = z.flatten(2) if flat else z
-        self.slope = torch.empty_like(z) if sloped else None
+        self.slope = memory.empty_like(z) if sloped else None
         if self.slope is not None and flat and not is_flat(self.slope):
             self.slope = z.new_empty(z.shape, dtype=z.dtype)
         self.slope_rows = self.slope.flatten(2) if self.slope is not None and flat else self.slope
@@ -392,6 +427,12 @@ class _Whole:
     def pixels(self, rows: Tensor, k: int) -> Tensor:
         """Block k of a map as (R, B)."""
         return rows[self.n, self.slices[k]].reshape(1, -1)
+
+    def look(self, k: int) -> Tensor:
+        """Block k of the logits (R, C, B), to be read only."""
+        if self.binary or self.z.dim() > 3 or self.z.dtype != self.buffer.dtype:
+            return self.load(k)
+        return self.z[self.n : self.n + 1, :, self.slices[k]]
 
     def load(self, k: int) -> Tensor:
         """Block k of the logits (R, C, B), in a buffer that may be overwritten."""
@@ -453,6 +494,10 @@ class _Upsampled:
     def pixels(self, rows: Tensor, k: int) -> Tensor:
         """Block k of a map as (R, B)."""
         return rows[self.n, self.slices[k]]
+
+    def look(self, k: int) -> Tensor:
+        """Block k of the logits (R, C, B), to be read only."""
+        return self.load(k)
 
     def load(self, k: int) -> Tensor:
         """Block k of the logits (R, C, B), in a buffer that may be overwritten."""

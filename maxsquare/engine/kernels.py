@@ -50,7 +50,7 @@ EXPM1_TERMS = tl.constexpr(14)
 class Form:
     """What a kernel is compiled for.
 
-    q, shift, normalised: those of `Tsallis`; q is None for cross entropy.
+    q, shift, constant, normalised: those of `Tsallis`; q is None for cross entropy.
     index_only: no potential.
     bins: of an image that are summed: those of its classes, or one.
     weighted_pixels: the weights are those of pixels, not of bins.
@@ -63,6 +63,7 @@ class Form:
     q: float | None
     index_only: bool
     shift: float
+    constant: float
     normalised: bool
     threshold: float | None
     ignore_index: int
@@ -266,7 +267,7 @@ def _potential(z, m, Z, y, seen, form: tl.constexpr):
         _, log_p = _probabilities(total, m, Z, form)
         phi = tl.where((y >= -1) & (y < form.classes), -log_p, float("nan"))
     else:
-        phi = -total
+        phi = form.constant - total
         if not (form.normalised or form.shift != 0 or form.q == 1):
             phi += (1 - mass) * (1 / (form.q - 1))
     return phi, total
@@ -447,6 +448,14 @@ def _sweep(
 # Launch -------------------------------------------------------------------------------------------
 
 
+def at_once(z: Tensor, problem: Problem) -> bool:
+    """Whether one pass shall take value and slope, before the upstream gradient is known.
+
+    Not if that is as large as the logits: scaling it costs more than reading them again.
+    """
+    return problem.size is not None
+
+
 def sweep(
     z: Tensor,
     problem: Problem,
@@ -497,6 +506,7 @@ def sweep(
         q=None if tsallis is None else tsallis.q,
         index_only=problem.potential is None,
         shift=0.0 if tsallis is None else tsallis.shift,
+        constant=0.0 if tsallis is None else tsallis.constant,
         normalised=tsallis is None or tsallis.normalised,
         threshold=problem.threshold,
         ignore_index=problem.ignore_index,

@@ -6,9 +6,10 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,10 +142,9 @@ def _widen(y: Tensor) -> Tensor:
 class _Sweep(torch.autograd.Function):
     """Sums and counts of bins, or the potential of every pixel; linear memory, deterministic.
 
-    Without upsampling the slope is recomputed in the backward pass: a slope stored would be as
-    large as the logits. Upsampled logits are small, and so is their slope: it is taken in the
-    same pass as the sums as soon as the weights of the bins are known. Those of classes come
-    from counts, for which a pass that only looks for the largest logits is enough.
+    The slope is taken in the same pass as the sums where the path wants that, and the first
+    backward pass gives it away as the gradient. Everywhere else, and in a second backward pass,
+    it is computed in a pass of its own.
     """
 
     @staticmethod
@@ -161,21 +161,22 @@ class _Sweep(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         given = {"guide": guide, "labels": labels, "valid": valid}
         ctx.problem, ctx.path, ctx.per_pixel, ctx.weigh = problem, path, per_pixel, weigh
-        weights, pass_over = None, functools.partial(_sweep, path, z)
-        at_once = problem.size is not None and not per_pixel and ctx.needs_input_grad[0]
-        if at_once and weigh is not None:
-            indices = pass_over(problem._replace(potential=None), **given)
-            weights = weigh(indices.counts)
-            decided, given = _decided(problem, indices.y, given)
-            swept = pass_over(decided, **given, weights=weights)._replace(counts=indices.counts)
-        elif at_once and not problem.by_class:
-            swept = pass_over(problem, **given, weights=z.new_ones(len(z), 1))
+        known = None
+        if ctx.needs_input_grad[0] and not per_pixel and path.at_once(z, problem):
+            known = _know(path, z, problem, given, weigh)
+        if known is None:
+            swept = _sweep(path, z, problem, **given, per_pixel=per_pixel)
         else:
-            swept = pass_over(problem, **given, per_pixel=per_pixel)
-            if weigh is not None:
-                weights = weigh(swept.counts)
-                swept = swept._replace(sums=(weights * swept.sums).sum(1, keepdim=True))
-        ctx.save_for_backward(z, guide, labels, valid, swept.y, weights, swept.slope)
+            swept = _slope(path, z, problem, given, known.y, known.weights)
+            swept = swept._replace(y=known.y)
+            if known.counts is not None:
+                swept, weigh = swept._replace(counts=known.counts), None
+        weights = None
+        if weigh is not None:
+            weights = weigh(swept.counts)
+            swept = swept._replace(sums=(weights * swept.sums).sum(1, keepdim=True))
+        ctx.slope, swept_with = swept.slope, None if known is None else known.weights
+        ctx.save_for_backward(z, guide, labels, valid, swept.y, swept_with, weights)
         ctx.mark_non_differentiable(*(t for t in (swept.counts, swept.y) if t is not None))
         return swept.sums, swept.counts, swept.y, swept.phi
 
@@ -183,31 +184,90 @@ class _Sweep(torch.autograd.Function):
     def backward(
         ctx: Any, sums_grad: Tensor, _counts: None, _y: None, phi_grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        z, guide, labels, valid, y, weights, slope = ctx.saved_tensors
-        problem = ctx.problem
+        z, guide, labels, valid, y, swept_with, weights = ctx.saved_tensors
+        problem, path = ctx.problem, ctx.path
+        given = {"guide": guide, "labels": labels, "valid": valid}
         upstream = phi_grad if ctx.per_pixel else sums_grad
+        slope, ctx.slope = ctx.slope, None
         if torch.is_grad_enabled():
             # A graph of the gradient is wanted: the plain formula has one.
-            given = {"guide": guide, "labels": labels, "valid": valid}
             if ctx.per_pixel:
                 value = pixelwise.terms(z, problem, **given)[0]
             else:
                 value = pixelwise.accumulate(z, problem, **given, weigh=ctx.weigh)[0]
             (slope,) = torch.autograd.grad(value, z, upstream, create_graph=True)
-        elif slope is not None:
-            slope = slope * upstream.view(-1, *[1] * (z.dim() - 1))
+            return slope.to(z.dtype), None, None, None, None, None, None, None
+        upstream = upstream if weights is None else upstream * weights
+        if swept_with is None:
+            slope = _slope(path, z, problem, given, y, upstream, ctx.per_pixel).slope
         else:
-            given = {"guide": guide, "labels": labels, "valid": valid}
-            problem, given = _decided(problem, y, given)
-            slope = _sweep(
-                ctx.path,
-                z,
-                problem,
-                **given,
-                weights=upstream if weights is None else upstream * weights,
-                per_pixel=ctx.per_pixel,
-            ).slope
+            if slope is None:
+                slope = _slope(path, z, problem, given, y, swept_with).slope
+            slope = _scale(slope, upstream, large=problem.size is None)
         return slope.to(z.dtype), None, None, None, None, None, None, None
+
+
+class _Known(NamedTuple):
+    """What is known of the bins before the pass that takes the slope.
+
+    y: the predicted index of every pixel, where a pass has looked for it.
+    counts: of the bins, with their weights; None, and ones, where that pass is to tell.
+    """
+
+    y: Tensor | None
+    counts: Tensor | None
+    weights: Tensor
+
+
+def _know(
+    path: Any,
+    z: Tensor,
+    problem: Problem,
+    given: dict[str, Tensor | None],
+    weigh: Callable[[Tensor], Tensor] | None,
+) -> _Known | None:
+    """None if one pass cannot take the slope: the upstream gradient is of several bins."""
+    if problem.by_class:
+        if weigh is None:
+            return None
+        # Weights of classes come from counts: a look for the largest logits is enough.
+        indices = _sweep(path, z, problem._replace(potential=None), **given)
+        return _Known(indices.y, indices.counts, weigh(indices.counts))
+    if weigh is None or problem.threshold is not None:
+        return _Known(None, None, z.new_ones(len(z), 1))
+    counted, labels = given["valid"], given["labels"]
+    if labels is not None:
+        labelled = (labels != -1) & (labels != problem.ignore_index)
+        counted = labelled if counted is None else counted & labelled
+    if counted is None:
+        pixels = math.prod(z.shape[2:] if problem.size is None else problem.size)
+        counts = torch.full((len(z), 1), pixels, device=z.device)
+    else:
+        counts = counted.flatten(1).sum(1, keepdim=True)
+    return _Known(None, counts, weigh(counts))
+
+
+def _slope(
+    path: Any,
+    z: Tensor,
+    problem: Problem,
+    given: dict[str, Tensor | None],
+    y: Tensor | None,
+    weights: Tensor,
+    per_pixel: bool = False,
+) -> Any:
+    """The pass that takes the slope; y: every index, ties included, if a pass has decided them."""
+    problem, given = _decided(problem, y, given)
+    return _sweep(path, z, problem, **given, weights=weights, per_pixel=per_pixel)
+
+
+def _scale(slope: Tensor, upstream: Tensor, large: bool) -> Tensor:
+    """The slope times the upstream gradient (N, 1); a large one in its own place."""
+    upstream = upstream.view(-1, *[1] * (slope.dim() - 1))
+    if not large:
+        return slope * upstream
+    # Often one: the weights include every factor of the loss itself.
+    return slope if bool((upstream == 1).all()) else slope.mul_(upstream)
 
 
 class _SweepBoth(torch.autograd.Function):
@@ -224,21 +284,19 @@ class _SweepBoth(torch.autograd.Function):
         path: Any,
         weigh: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, counts, weights = None, None, z.new_ones(len(z), 1)
-        if weigh is not None:
-            indices = _sweep(path, z, problem._replace(potential=None), valid=valid)
-            y, counts, weights = indices.y, indices.counts, weigh(indices.counts)
-        own, _ = _decided(problem, y, {"valid": valid})
+        known = _know(path, z, problem, {"valid": valid, "labels": None}, weigh)
+        assert known is not None
+        own, _ = _decided(problem, known.y, {"valid": valid})
         with _bare(z):
             swept, low_swept = path.sweep_both(
                 z.detach(),
-                path.Own(own, y, weights),
+                path.Own(own, known.y, known.weights),
                 low.detach(),
                 guided,
                 valid=valid,
                 weights=z.new_ones(len(z), 1),
             )
-        counts = swept.counts if counts is None else counts
+        counts = swept.counts if known.counts is None else known.counts
         ctx.save_for_backward(z, low, valid, swept.slope, low_swept.slope)
         ctx.problem, ctx.guided, ctx.weigh = problem, guided, weigh
         ctx.mark_non_differentiable(counts, low_swept.counts)
@@ -257,10 +315,8 @@ class _SweepBoth(torch.autograd.Function):
                 (sums, low_sums), (z, low), (grad, low_grad), create_graph=True
             )
         else:
-            slope, low_slope = (
-                s * g.view(-1, *[1] * (z.dim() - 1))
-                for s, g in ((slope, grad), (low_slope, low_grad))
-            )
+            slope = _scale(slope, grad, large=False)
+            low_slope = _scale(low_slope, low_grad, large=False)
         return slope.to(z.dtype), low_slope.to(low.dtype), None, None, None, None, None
 
 
