@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -179,6 +179,7 @@ def run(options: Options, console: Console) -> None:
     document = {
         "question": QUESTION,
         "environment": environment,
+        "options": {name: value for name, value in asdict(options).items() if name != "out"},
         "machine": machine._asdict(),
         "cases": [
             {**t._asdict(), "case": t.case._asdict(), "rows": [row._asdict() for row in t.rows]}

@@ -96,8 +96,8 @@ class MaxSquareLoss(_TargetLoss):
         >>> import torch
         >>> loss = MaxSquareLoss()
         >>> logits = torch.zeros(2, 4, 8, 8, requires_grad=True)
-        >>> loss(logits, size=(64, 64), align_corners=True)  # uniform: -1 / (2 C)
-        tensor(-0.1250, grad_fn=<DivBackward0>)
+        >>> loss(logits, size=(64, 64), align_corners=True).detach()  # uniform: -1 / (2 C)
+        tensor(-0.1250)
 
     Source: Chen, Xue, Cai, "Domain Adaptation for Semantic Segmentation with Maximum Squares
     Loss", ICCV 2019, the maximum squares loss.

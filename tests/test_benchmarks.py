@@ -119,6 +119,7 @@ def test_speed_names_the_machine_and_its_pace(timed: tuple[Path, dict[str, Any],
     assert document["environment"]["threads"] == 1
     assert document["environment"]["torch"] == torch.__version__
     assert document["environment"]["cpu"]
+    assert document["options"]["classes"] == [3] and "out" not in document["options"]
     assert document["machine"]["copied_bytes"] > 0
     assert document["machine"]["exponentials"] > 0
     assert document["claims"] == []  # they speak of another size

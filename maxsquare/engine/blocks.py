@@ -136,7 +136,11 @@ def _sweep(
     shape = (len(z), *(z.shape[2:] if problem.size is None else problem.size))
     predicts = labels is None and (problem.by_class or not isinstance(problem.potential, Tsallis))
     sloped = weights is not None
-    heads = _heads([z] if guide is None else [z, guide], problem, dtype, sloped, own is not None)
+    # Nothing but the largest logits is wanted.
+    looks = problem.potential is None and problem.threshold is None and labels is None
+    heads = _heads(
+        [z] if guide is None else [z, guide], problem, dtype, looks, (sloped, own is not None)
+    )
     source = heads[0]
 
     bins = classes if problem.by_class else 1
@@ -144,8 +148,6 @@ def _sweep(
     counts = z.new_zeros(len(z), bins, dtype=torch.long)
     own_sums, own_counts = (torch.zeros_like(t[:, :1]) for t in (sums, counts))
     y_map = phi_map = None
-    # Nothing but the largest logits is wanted.
-    looks = problem.potential is None and problem.threshold is None and labels is None
     y_dtype = index_dtype(classes) if looks else torch.long
     if predicts and not sloped:
         y_map = z.new_empty(shape, dtype=index_dtype(classes))
@@ -262,7 +264,7 @@ def _rows(pixels: Tensor, length: int) -> Tensor:
 def _given(labels: Tensor, pixels: _Pixels, problem: Problem, classes: int) -> _Pixels:
     """Pixels whose indices are given; one that does not count is 0."""
     y, ignore, counted = labels.long(), problem.ignore_index, pixels.counted
-    least, most = _range(y)
+    least, most = _range(labels)
     if least >= 0 and most < classes and not 0 <= ignore < classes:
         return _Pixels(y, counted, False)
     counts = (y != -1) & (y != ignore)
@@ -405,7 +407,13 @@ class _Whole:
     """Logits that have the resolution of the result; a block is a range of the first axis."""
 
     def __init__(
-        self, z: Tensor, problem: Problem, dtype: torch.dtype, flat: bool, sloped: bool
+        self,
+        z: Tensor,
+        problem: Problem,
+        dtype: torch.dtype,
+        flat: bool,
+        looks: bool,
+        sloped: bool,
     ) -> None:
         self.binary, self.from_logits = problem.binary, problem.from_logits
         self.z = z.flatten(2) if flat else z
@@ -415,7 +423,8 @@ class _Whole:
         self.slope_rows = self.slope.flatten(2) if self.slope is not None and flat else self.slope
         self.length = self.z.shape[2]
         self.classes, rest = 2 if problem.binary else z.shape[1], math.prod(self.z.shape[3:])
-        step = max(1, _block_elements(dtype) // (self.classes * max(rest, 1)))
+        # A pass that only looks makes little of the logits: one buffer has the room of two.
+        step = max(1, (1 + looks) * _block_elements(dtype) // (self.classes * max(rest, 1)))
         self.slices = [slice(i, min(i + step, self.length)) for i in range(0, self.length, step)]
         self.buffer = z.new_empty(self.classes * min(step, self.length) * rest, dtype=dtype)
         self.n = 0
@@ -563,16 +572,20 @@ def _strips(sources: list[slice]) -> list[slice]:
 
 
 def _heads(
-    heads: list[Tensor], problem: Problem, dtype: torch.dtype, sloped: bool, guide_sloped: bool
+    heads: list[Tensor],
+    problem: Problem,
+    dtype: torch.dtype,
+    looks: bool,
+    sloped: tuple[bool, bool],
 ) -> list[_Whole] | list[_Upsampled]:
     """Sources of the logits of one head, or of a head and its guide."""
-    pairs = zip(heads, (sloped, guide_sloped), strict=False)
+    pairs = zip(heads, sloped, strict=False)
     if problem.size is not None:
         # In a band of several rows 0 times NaN would reach pixels that the NaN does not touch.
         banded = all(bool((z < math.inf).all()) for z in heads)
         return [_Upsampled(z, problem, dtype, banded, sloped) for z, sloped in pairs]
     flat = all(map(is_flat, heads))
-    return [_Whole(z, problem, dtype, flat, sloped) for z, sloped in pairs]
+    return [_Whole(z, problem, dtype, flat, looks, sloped) for z, sloped in pairs]
 
 
 def is_flat(z: Tensor) -> bool:
