@@ -369,6 +369,30 @@ def test_the_plain_formula_is_chosen_where_a_fast_path_would_break() -> None:
     assert chosen == [None]
 
 
+@pytest.mark.parametrize("size", [None, (9, 13)], ids=["as is", "upsampled"])
+def test_no_slope_is_computed_where_no_gradient_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] | None
+) -> None:
+    sloped, sweep = [], blocks.sweep
+
+    def record(z: Tensor, problem: Problem, **arguments: Any) -> blocks.Swept:
+        sloped.append(arguments.get("weights") is not None)
+        return sweep(z, problem, **arguments)
+
+    monkeypatch.setattr(blocks, "sweep", record)
+    leaf = random_logits((1, 3, 4, 4)).requires_grad_()
+    for name in ("max_square", "image_wise"):
+        problem = PROBLEMS[name]._replace(size=size)
+        weighted(paths)(leaf.detach(), problem)
+        with torch.no_grad():
+            weighted(paths)(leaf, problem)
+        assert sloped == [False, False]
+        sloped.clear()
+        weighted(paths)(leaf, problem)
+        assert sloped.pop()
+        sloped.clear()
+
+
 def test_logits_changed_between_the_passes_are_noticed() -> None:
     z = random_logits((1, 3, 4, 4)).requires_grad_()
     leaf = z * 1

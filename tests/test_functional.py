@@ -286,6 +286,21 @@ def test_cross_entropy_in_low_precision_and_any_layout(dtype: torch.dtype, layou
     assert_within_budget(gradient, plain[0][1][0], plain[1][1][0], dtype)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_class_255_of_narrow_labels_is_not_the_ignored_minus_1(reduction: str) -> None:
+    logits = random_logits((1, 256, 3, 4))
+    labels = torch.full((1, 3, 4), 255, dtype=torch.uint8)
+    ours, expected = (
+        value_and_gradient(lambda z, f=f: f(z), (logits,))
+        for f in (
+            lambda z: functional.cross_entropy(z, labels, ignore_index=-1, reduction=reduction),
+            lambda z: F.cross_entropy(z, labels.long(), reduction=reduction),
+        )
+    )
+    assert_close(ours[0], expected[0])
+    assert_close(ours[1][0], expected[1][0])
+
+
 def test_cross_entropy_backward_twice_equals_once() -> None:
     logits = random_logits((2, 4, 5, 6)).requires_grad_()
     loss = functional.cross_entropy(logits, random_labels((2, 4, 9, 11)), size=(9, 11))

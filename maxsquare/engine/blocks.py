@@ -72,7 +72,7 @@ class Own(NamedTuple):
 
 
 def at_once(z: Tensor, problem: Problem) -> bool:
-    """Whether one pass shall take value and slope, before the upstream gradient is known.
+    """Whether one pass shall take sums and slope, before the upstream gradient is known.
 
     Not if the slope would be rounded to half precision: loss scales are there to avoid that.
     """

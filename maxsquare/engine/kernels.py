@@ -449,7 +449,7 @@ def _sweep(
 
 
 def at_once(z: Tensor, problem: Problem) -> bool:
-    """Whether one pass shall take value and slope, before the upstream gradient is known.
+    """Whether one pass shall take sums and slope, before the upstream gradient is known.
 
     Not if that is as large as the logits: scaling it costs more than reading them again.
     """

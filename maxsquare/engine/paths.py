@@ -58,7 +58,9 @@ def accumulate(
         return pixelwise.accumulate(
             z, problem, guide=guide, labels=labels, valid=valid, weigh=weigh
         )
-    sums, counts, _, _ = _Sweep.apply(z, guide, labels, valid, problem, path, False, weigh)
+    sloped = torch.is_grad_enabled() and z.requires_grad
+    at_once = sloped and path.at_once(z, problem) and not (problem.by_class and weigh is None)
+    sums, counts, _, _ = _Sweep.apply(z, guide, labels, valid, problem, path, False, weigh, at_once)
     return sums, counts
 
 
@@ -101,9 +103,10 @@ def terms(
     path = choose_path(z, guide, labels, valid)
     if path is None:
         return pixelwise.terms(z, problem, guide=guide, labels=labels, valid=valid)
-    _, _, y, phi = _Sweep.apply(z, guide, labels, valid, problem, path, True, None)
+    _, _, y, phi = _Sweep.apply(z, guide, labels, valid, problem, path, True, None, False)
     if labels is not None:
-        y = torch.where(labels == problem.ignore_index, -1, labels.long())
+        y = labels.long()
+        y = torch.where(y == problem.ignore_index, -1, y)
     y = torch.zeros_like(phi, dtype=torch.long) if y is None else _widen(y)
     counted = y != -1 if valid is None else valid & (y != -1)
     return phi, y, counted
@@ -142,7 +145,7 @@ def _widen(y: Tensor) -> Tensor:
 class _Sweep(torch.autograd.Function):
     """Sums and counts of bins, or the potential of every pixel; linear memory, deterministic.
 
-    The slope is taken in the same pass as the sums where the path wants that, and the first
+    The slope is taken in the same pass as the sums if that is wanted (at_once), and the first
     backward pass gives it away as the gradient. Everywhere else, and in a second backward pass,
     it is computed in a pass of its own.
     """
@@ -158,12 +161,11 @@ class _Sweep(torch.autograd.Function):
         path: Any,
         per_pixel: bool,
         weigh: Callable[[Tensor], Tensor] | None,
+        at_once: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         given = {"guide": guide, "labels": labels, "valid": valid}
         ctx.problem, ctx.path, ctx.per_pixel, ctx.weigh = problem, path, per_pixel, weigh
-        known = None
-        if ctx.needs_input_grad[0] and not per_pixel and path.at_once(z, problem):
-            known = _know(path, z, problem, given, weigh)
+        known = _know(path, z, problem, given, weigh) if at_once else None
         if known is None:
             swept = _sweep(path, z, problem, **given, per_pixel=per_pixel)
         else:
@@ -196,7 +198,7 @@ class _Sweep(torch.autograd.Function):
             else:
                 value = pixelwise.accumulate(z, problem, **given, weigh=ctx.weigh)[0]
             (slope,) = torch.autograd.grad(value, z, upstream, create_graph=True)
-            return slope.to(z.dtype), None, None, None, None, None, None, None
+            return slope.to(z.dtype), *[None] * 8
         upstream = upstream if weights is None else upstream * weights
         if swept_with is None:
             slope = _slope(path, z, problem, given, y, upstream, ctx.per_pixel).slope
@@ -204,7 +206,7 @@ class _Sweep(torch.autograd.Function):
             if slope is None:
                 slope = _slope(path, z, problem, given, y, swept_with).slope
             slope = _scale(slope, upstream, large=problem.size is None)
-        return slope.to(z.dtype), None, None, None, None, None, None, None
+        return slope.to(z.dtype), *[None] * 8
 
 
 class _Known(NamedTuple):
@@ -225,11 +227,9 @@ def _know(
     problem: Problem,
     given: dict[str, Tensor | None],
     weigh: Callable[[Tensor], Tensor] | None,
-) -> _Known | None:
-    """None if one pass cannot take the slope: the upstream gradient is of several bins."""
+) -> _Known:
     if problem.by_class:
-        if weigh is None:
-            return None
+        assert weigh is not None
         # Weights of classes come from counts: a look for the largest logits is enough.
         indices = _sweep(path, z, problem._replace(potential=None), **given)
         return _Known(indices.y, indices.counts, weigh(indices.counts))
@@ -237,6 +237,8 @@ def _know(
         return _Known(None, None, z.new_ones(len(z), 1))
     counted, labels = given["valid"], given["labels"]
     if labels is not None:
+        # As int64: 255 in uint8 equals -1.
+        labels = labels.long()
         labelled = (labels != -1) & (labels != problem.ignore_index)
         counted = labelled if counted is None else counted & labelled
     if counted is None:
@@ -285,7 +287,6 @@ class _SweepBoth(torch.autograd.Function):
         weigh: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         known = _know(path, z, problem, {"valid": valid, "labels": None}, weigh)
-        assert known is not None
         own, _ = _decided(problem, known.y, {"valid": valid})
         with _bare(z):
             swept, low_swept = path.sweep_both(
