@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support import LAYOUTS, assert_close, assert_within_budget, lay_out, random_logits
+from support import (
+    LAYOUTS,
+    assert_close,
+    assert_within_budget,
+    largest,
+    lay_out,
+    random_logits,
+)
 from torch import Tensor
 
 from maxsquare import MaxSquareLoss
@@ -147,9 +154,7 @@ def two_heads(
     """Final and low-level logits, and a function that sums the potentials of both at once."""
     z, problem, arguments = case(name, (2, 4, 3, 4), size)
     low = random_logits((2, 4, 2, 5), seed=2)
-    arguments = {"valid": arguments["valid"] if masked else None}
-    if problem.by_class:
-        arguments["weigh"] = rare_ones_more
+    arguments = {"valid": arguments["valid"] if masked else None, "weigh": rare_ones_more}
     guided = PROBLEMS[GUIDED]._replace(size=problem.size)
     return z, low, lambda z, low: paths.accumulate_both(z, problem, low, guided, **arguments)
 
@@ -237,6 +242,18 @@ def test_a_loss_scale_saves_half_precision_gradients_from_underflow() -> None:
     normal = exact.abs() > torch.finfo(torch.half).tiny
     assert normal.double().mean() > 0.9 and ((exact / scale).abs() < 6e-5).all()
     assert ((ours - exact).abs() <= 2 * torch.finfo(torch.half).eps * exact.abs())[normal].all()
+
+
+def test_a_weighted_bfloat16_gradient_is_rounded_twice_at_most() -> None:
+    z = random_logits((1, 19, 32, 32)).bfloat16()
+    gradients = []
+    for leaf in (z.requires_grad_(), z.detach().double().requires_grad_()):
+        (gradient,) = torch.autograd.grad(0.1 * MaxSquareLoss()(leaf), leaf)
+        gradients.append(gradient.double())
+    ours, exact = gradients
+    # A rounding is half of eps; a little more for the float32 arithmetic before, where terms cancel.
+    near = 1.01 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-6 * largest(exact)
+    assert ((ours - exact).abs() <= near).all()
 
 
 @pytest.mark.parametrize("name", [*PROBLEMS])

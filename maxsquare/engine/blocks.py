@@ -64,19 +64,20 @@ class _Pixels(NamedTuple):
 
 
 class Own(NamedTuple):
-    """A guide's own problem, the indices of its pixels, and the weights of its bins."""
+    """A guide's own problem: the indices of its pixels, and counts and weights of its bins."""
 
     problem: Problem
     labels: Tensor | None
+    counts: Tensor
     weights: Tensor
 
 
 def at_once(z: Tensor, problem: Problem) -> bool:
     """Whether one pass shall take sums and slope, before the upstream gradient is known.
 
-    Not if the slope would be rounded to half precision: loss scales are there to avoid that.
+    Not if the slope would underflow in float16: loss scales are there to avoid that.
     """
-    return problem.size is not None or z.dtype.itemsize >= 4
+    return problem.size is not None or z.dtype != torch.float16
 
 
 def index_dtype(classes: int) -> torch.dtype:
@@ -146,7 +147,7 @@ def _sweep(
     bins = classes if problem.by_class else 1
     sums = z.new_zeros(len(z), 1 if sloped else bins, dtype=torch.float64)
     counts = z.new_zeros(len(z), bins, dtype=torch.long)
-    own_sums, own_counts = (torch.zeros_like(t[:, :1]) for t in (sums, counts))
+    own_sums = torch.zeros_like(sums[:, :1])
     y_map = phi_map = None
     y_dtype = index_dtype(classes) if looks else torch.long
     if predicts and not sloped:
@@ -182,7 +183,6 @@ def _sweep(
                     logits.masked_fill_(~pixels.counted.unsqueeze(1), 0)
 
             if own is not None:
-                _count(own_counts[n], x[:, 0], pixels)
                 own_pixels = pixels
                 if own_rows is not None:
                     own_pixels = _given(source.pixels(own_rows, k), pixels, own.problem, classes)
@@ -215,7 +215,7 @@ def _sweep(
         for head in heads:
             head.finish()
     swept = Swept(sums.to(dtype), counts, y_map, phi_map, source.slope)
-    return swept, own and Swept(own_sums.to(dtype), own_counts, None, None, heads[1].slope)
+    return swept, own and Swept(own_sums.to(dtype), own.counts, None, None, heads[1].slope)
 
 
 def _settle(
@@ -301,7 +301,7 @@ def _confident(
     for guide in guides:
         best, mean = torch.maximum(best, guide.amax(1)), guide.add_(p)
     y = _argmax(mean, spare)
-    strange = math.isnan(best.max())
+    strange = math.isnan(best.max().item())
     if strange:
         y.masked_fill_(best.isnan(), p.shape[1])
     accepted = (best <= threshold).logical_not_()
@@ -364,7 +364,7 @@ def _potential(
     p_y = p.gather(1, c)
     if problem.from_logits:
         phi = p_y.log().neg_()
-        if p_y.amin() < tiny:
+        if p_y.amin().item() < tiny:
             # Rounded away: from the logits (here log_p) instead.
             top = log_p.amax(1, keepdim=True), p.amax(1, keepdim=True)
             phi = (top[0] - log_p.gather(1, c)).sub_(top[1].log_())

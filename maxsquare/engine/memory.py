@@ -28,6 +28,9 @@ def empty_like(z: Tensor) -> Tensor:
     if advise is not None and length >= 2 * HUGE_PAGE:
         # Advice: where it is not taken, the small pages are as good as ever.
         advise(start, length, mmap.MADV_HUGEPAGE)
+        # Touched here, by one thread: two that meet in a page would both zero one of their own.
+        step = HUGE_PAGE // out.itemsize
+        out.as_strided((out.numel() // step,), (step,)).zero_()
     return out
 
 

@@ -70,8 +70,8 @@ def accumulate_both(
     low: Tensor,
     guided: Problem,
     *,
+    weigh: Callable[[Tensor], Tensor],
     valid: Tensor | None = None,
-    weigh: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """`accumulate` of a head z and of a low-level head that z guides, each by its problem.
 
@@ -284,24 +284,23 @@ class _SweepBoth(torch.autograd.Function):
         problem: Problem,
         guided: Problem,
         path: Any,
-        weigh: Callable[[Tensor], Tensor] | None,
+        weigh: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         known = _know(path, z, problem, {"valid": valid, "labels": None}, weigh)
         own, _ = _decided(problem, known.y, {"valid": valid})
         with _bare(z):
             swept, low_swept = path.sweep_both(
                 z.detach(),
-                path.Own(own, known.y, known.weights),
+                path.Own(own, known.y, known.counts, known.weights),
                 low.detach(),
                 guided,
                 valid=valid,
                 weights=z.new_ones(len(z), 1),
             )
-        counts = swept.counts if known.counts is None else known.counts
         ctx.save_for_backward(z, low, valid, swept.slope, low_swept.slope)
         ctx.problem, ctx.guided, ctx.weigh = problem, guided, weigh
-        ctx.mark_non_differentiable(counts, low_swept.counts)
-        return swept.sums, counts, low_swept.sums, low_swept.counts
+        ctx.mark_non_differentiable(swept.counts, low_swept.counts)
+        return swept.sums, swept.counts, low_swept.sums, low_swept.counts
 
     @staticmethod
     def backward(
