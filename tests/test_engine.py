@@ -149,22 +149,27 @@ TARGETS = ["entropy", "max_square", "tsallis", "image_wise"]
 
 
 def two_heads(
-    name: str, masked: bool = True, size: tuple[int, int] = (17, 23)
+    name: str, masked: bool = True, size: tuple[int, int] | None = (17, 23)
 ) -> tuple[Tensor, Tensor, Callable[..., Any]]:
     """Final and low-level logits, and a function that sums the potentials of both at once."""
     z, problem, arguments = case(name, (2, 4, 3, 4), size)
-    low = random_logits((2, 4, 2, 5), seed=2)
+    low = random_logits((2, 4, 3, 4) if size is None else (2, 4, 2, 5), seed=2)
     arguments = {"valid": arguments["valid"] if masked else None, "weigh": rare_ones_more}
     guided = PROBLEMS[GUIDED]._replace(size=problem.size)
     return z, low, lambda z, low: paths.accumulate_both(z, problem, low, guided, **arguments)
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "all count"])
+@pytest.mark.parametrize("size", [None, (17, 23)], ids=["as is", "upsampled"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_two_heads_in_one_pass_equal_one_after_the_other(
-    block_size: None, monkeypatch: pytest.MonkeyPatch, name: str, masked: bool
+    block_size: None,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    size: tuple[int, int] | None,
+    masked: bool,
 ) -> None:
-    z, low, both = two_heads(name, masked)
+    z, low, both = two_heads(name, masked, size)
     results = []
     for path in (blocks, None):
         monkeypatch.setattr(paths, "choose_path", lambda *tensors, path=path: path)
@@ -179,8 +184,9 @@ def test_two_heads_in_one_pass_equal_one_after_the_other(
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_gradcheck_of_two_heads(name: str) -> None:
-    z, low, both = two_heads(name, size=(4, 6))
+@pytest.mark.parametrize("size", [None, (4, 6)], ids=["as is", "upsampled"])
+def test_gradcheck_of_two_heads(name: str, size: tuple[int, int] | None) -> None:
+    z, low, both = two_heads(name, size=size)
 
     def sums(z: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(pair[0] for pair in both(z, low))
@@ -251,7 +257,7 @@ def test_a_weighted_bfloat16_gradient_is_rounded_twice_at_most() -> None:
         (gradient,) = torch.autograd.grad(0.1 * MaxSquareLoss()(leaf), leaf)
         gradients.append(gradient.double())
     ours, exact = gradients
-    # A rounding is half of eps; a little more for the float32 arithmetic before, where terms cancel.
+    # A rounding is half of eps; a little more for float32 arithmetic, where terms cancel.
     near = 1.01 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-6 * largest(exact)
     assert ((ours - exact).abs() <= near).all()
 

@@ -75,12 +75,12 @@ def accumulate_both(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """`accumulate` of a head z and of a low-level head that z guides, each by its problem.
 
-    If upsampled, both take value and slope from one pass over the pixels, where a path has one.
+    Sums and slopes of both come from one pass over the pixels, where a path has one.
     """
     path = choose_path(z, low, valid)
     sloped = torch.is_grad_enabled() and z.requires_grad and low.requires_grad
-    alike = problem.size is not None and z.dtype == low.dtype
-    if hasattr(path, "sweep_both") and sloped and alike:
+    able = path is not None and hasattr(path, "sweep_both") and path.at_once(z, problem)
+    if able and sloped and z.dtype == low.dtype:
         sums, counts, low_sums, low_counts = _SweepBoth.apply(
             z, low, valid, problem, guided, path, weigh
         )
@@ -273,7 +273,7 @@ def _scale(slope: Tensor, upstream: Tensor, large: bool) -> Tensor:
 
 
 class _SweepBoth(torch.autograd.Function):
-    """`_Sweep` of two heads with upsampling, one guided by the other, in one pass."""
+    """`_Sweep` of two heads, one guided by the other, at once."""
 
     @staticmethod
     def forward(
@@ -286,19 +286,11 @@ class _SweepBoth(torch.autograd.Function):
         path: Any,
         weigh: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.problem, ctx.guided, ctx.path, ctx.weigh = problem, guided, path, weigh
         known = _know(path, z, problem, {"valid": valid, "labels": None}, weigh)
-        own, _ = _decided(problem, known.y, {"valid": valid})
-        with _bare(z):
-            swept, low_swept = path.sweep_both(
-                z.detach(),
-                path.Own(own, known.y, known.counts, known.weights),
-                low.detach(),
-                guided,
-                valid=valid,
-                weights=z.new_ones(len(z), 1),
-            )
-        ctx.save_for_backward(z, low, valid, swept.slope, low_swept.slope)
-        ctx.problem, ctx.guided, ctx.weigh = problem, guided, weigh
+        swept, low_swept = _slopes(path, z, problem, low, guided, valid, known)
+        ctx.slopes = swept.slope, low_swept.slope
+        ctx.save_for_backward(z, low, valid, *known)
         ctx.mark_non_differentiable(swept.counts, low_swept.counts)
         return swept.sums, swept.counts, low_swept.sums, low_swept.counts
 
@@ -306,7 +298,8 @@ class _SweepBoth(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor, _counts: None, low_grad: Tensor, _low_counts: None
     ) -> tuple[Tensor | None, ...]:
-        z, low, valid, slope, low_slope = ctx.saved_tensors
+        z, low, valid, *known = ctx.saved_tensors
+        slopes, ctx.slopes = ctx.slopes, None
         if torch.is_grad_enabled():
             # A graph of the gradient is wanted: the plain formula has one.
             sums, _ = pixelwise.accumulate(z, ctx.problem, valid=valid, weigh=ctx.weigh)
@@ -315,9 +308,30 @@ class _SweepBoth(torch.autograd.Function):
                 (sums, low_sums), (z, low), (grad, low_grad), create_graph=True
             )
         else:
-            slope = _scale(slope, grad, large=False)
-            low_slope = _scale(low_slope, low_grad, large=False)
+            if slopes is None:
+                both = _slopes(ctx.path, z, ctx.problem, low, ctx.guided, valid, _Known(*known))
+                slopes = both[0].slope, both[1].slope
+            large = ctx.problem.size is None
+            slope, low_slope = _scale(slopes[0], grad, large), _scale(slopes[1], low_grad, large)
         return slope.to(z.dtype), low_slope.to(low.dtype), None, None, None, None, None
+
+
+def _slopes(
+    path: Any,
+    z: Tensor,
+    problem: Problem,
+    low: Tensor,
+    guided: Problem,
+    valid: Tensor | None,
+    known: _Known,
+) -> Any:
+    """The pass that takes the slopes of two heads."""
+    problem, _ = _decided(problem, known.y, {"valid": valid})
+    own = path.Own(problem, known.y, known.counts, known.weights)
+    with _bare(z):
+        return path.sweep_both(
+            z.detach(), own, low.detach(), guided, valid=valid, weights=z.new_ones(len(z), 1)
+        )
 
 
 def _decided(
