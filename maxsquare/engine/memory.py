@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2**21
+# Beyond, small pages: the hosts of some virtual machines take back free memory in huge pages,
+# and a result that finds hundreds of them gone takes longer than it would in small ones.
+MOST_BYTES = 2**28
 
 
 def empty_like(z: Tensor) -> Tensor:
-    """`torch.empty_like`, in huge pages where it has several and the system has them."""
+    """`torch.empty_like`, in huge pages where it fills several and the system has them."""
     out = torch.empty_like(z)
     start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = out.data_ptr() + out.numel() * out.itemsize - start
     advise = _madvise()
-    if advise is not None and length >= 2 * HUGE_PAGE:
+    if advise is not None and 2 * HUGE_PAGE <= length <= MOST_BYTES:
         # Advice: where it is not taken, the small pages are as good as ever.
         advise(start, length, mmap.MADV_HUGEPAGE)
         # Touched here, by one thread: two that meet in a page would both zero one of their own.
