@@ -245,7 +245,10 @@ def _know(
         pixels = math.prod(z.shape[2:] if problem.size is None else problem.size)
         counts = torch.full((len(z), 1), pixels, device=z.device)
     else:
-        counts = counted.flatten(1).sum(1, keepdim=True)
+        # A sum of all images at once would hold int64 copies of their maps.
+        counts = torch.zeros(len(z), 1, dtype=torch.long, device=z.device)
+        for count, image in zip(counts, counted, strict=True):
+            count += image.count_nonzero()
     return _Known(None, counts, weigh(counts))
 
 
