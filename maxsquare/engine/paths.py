@@ -228,6 +228,7 @@ def _know(
     given: dict[str, Tensor | None],
     weigh: Callable[[Tensor], Tensor] | None,
 ) -> _Known:
+    """What can be told of the bins without the potentials."""
     if problem.by_class:
         assert weigh is not None
         # Weights of classes come from counts: a look for the largest logits is enough.
