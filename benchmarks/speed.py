@@ -443,7 +443,7 @@ def plot_headline(timed: list[Timed]) -> Figure:
 
 def plot_grid(timed: list[Timed]) -> Figure:
     """How many times as long each competitor takes, against the number of logits."""
-    figure = Figure(figsize=(9, 4))
+    figure = Figure(figsize=(11, 4))
     for axes, upsampled in zip(figure.subplots(1, 2), (False, True), strict=True):
         for name, color in cases.COLORS.items():
             for dtype, marker in (("float32", "o"), ("bfloat16", "^")):
@@ -464,7 +464,10 @@ def plot_grid(timed: list[Timed]) -> Figure:
         axes.set_title("upsampled from stride 8" if upsampled else "logits at full resolution")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("times as long as maxsquare")
-    figure.axes[1].legend(fontsize=7)
+    # Beside the axes, where it hides no point.
+    figure.legend(
+        *figure.axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=7
+    )
     return figure
 
 
