@@ -37,10 +37,12 @@ def check_options(
     if ratio is not None:
         check_ratio(ratio)
     _number("threshold", threshold, lambda t: 0 <= t <= 1, "from 0 to 1")
-    _number("q", q, lambda q: 0 < q < math.inf, "above 0")
+    _number("q", q, lambda q: 0 < q <= torch.finfo(torch.float32).max, "above 0, and finite")
     _number("weight", weight, lambda w: 0 <= w < math.inf, "of at least 0")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, not {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into 64 bits, not {ignore_index!r}")
 
 
 def check_ratio(ratio: float) -> None:
@@ -70,7 +72,7 @@ def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, i
     if size is None:
         return None
     pair = size if isinstance(size, Sequence) else (size, size)
-    if not all(map(_is_int, pair)):
+    if isinstance(size, (bytes, bytearray)) or not all(map(_is_int, pair)):
         raise TypeError(f"size must be one or two ints (height, width), not {size!r}")
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"size must be one or two positive ints (height, width), not {size!r}")
@@ -87,13 +89,14 @@ def check_heads(
     """The low-level heads, each like `logits` in all but, before resizing, its resolution."""
     heads = [low_logits] if isinstance(low_logits, Tensor) else low_logits
     if not isinstance(heads, (list, tuple)) or not heads:
-        raise TypeError(f"low_logits must be a tensor or a list of tensors, not {low_logits!r}")
+        given = repr(heads) if isinstance(heads, (list, tuple)) else type(heads).__name__
+        raise TypeError(f"low_logits must be a tensor or a list of tensors, not {given}")
     for head in heads:
         _tensor("low_logits", head)
         if head.dtype != logits.dtype:
             raise TypeError(f"low_logits must be {logits.dtype} like logits, not {head.dtype}")
         same = head.shape[:2] == logits.shape[:2] and head.dim() == logits.dim()
-        if not same or (not resized and head.shape != logits.shape):
+        if not same or (0 in head.shape[2:] if resized else head.shape != logits.shape):
             raise ValueError(
                 f"low_logits must match the shape of logits {tuple(logits.shape)}"
                 f"{' up to height and width' if resized else ''}, not {tuple(head.shape)}"
@@ -136,6 +139,9 @@ def check_labels(labels: object) -> None:
 def _tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense tensor, not a {kind} one")
 
 
 def _same_device(name: str, tensor: Tensor, logits: Tensor) -> None:
@@ -144,7 +150,7 @@ def _same_device(name: str, tensor: Tensor, logits: Tensor) -> None:
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         wanted = " or ".join(map(repr, choices))
         raise ValueError(f"{name} must be {wanted}, not {value!r}")
 

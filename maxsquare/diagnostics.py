@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maxsquare.checks import check_labels, check_logits, check_map, check_size
+from maxsquare.checks import check_labels, check_logits, check_map, check_options, check_size
+from maxsquare.engine.pixelwise import LOWEST_LOGIT
 from maxsquare.functional import Size
 from maxsquare.losses import _TargetLoss
 
@@ -101,7 +102,8 @@ def class_gradient_share(
         valid: bool, the shape of `labels`: the pixels that the loss counts.
 
     Returns:
-        (C,) shares between 0 and 1 that add up to 1, or zeros where there is no gradient.
+        (C,) shares between 0 and 1 that add up to 1, or zeros where there is no gradient;
+        float32 for half-precision logits.
 
     Raises:
         TypeError: `loss` is not a loss of one head's logits; a wrong dtype.
@@ -117,12 +119,15 @@ def class_gradient_share(
     Source: ours; the imbalance that M. Chen et al., ICCV 2019, argue from Figure 2.
     """
     _check_single_head(loss)
+    check_options(align_corners=align_corners)
     check_logits("logits", logits, str(loss.activation))
     pair = check_size(size, logits)
     check_labels(labels)
     check_map("labels", labels, logits, pair)
-    z = logits.detach()
+    # In half precision the gradient of a mean over many pixels would underflow.
+    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     if pair is not None:
+        z = z.clamp_min(LOWEST_LOGIT) if loss.from_logits else z
         z = F.interpolate(z, pair, mode="bilinear", align_corners=align_corners)
     with torch.enable_grad():
         z = z.requires_grad_()
@@ -130,7 +135,7 @@ def class_gradient_share(
     (slope,) = torch.autograd.grad(total, z)
     strength = slope.abs().sum(1, dtype=torch.float64)
     shares = torch.stack([(strength * (labels == k)).sum() for k in range(logits.shape[1])])
-    return (shares / shares.sum().clamp_min(torch.finfo(torch.float64).tiny)).to(logits.dtype)
+    return (shares / shares.sum().clamp_min(torch.finfo(torch.float64).tiny)).to(z.dtype)
 
 
 def _check_single_head(loss: nn.Module) -> None:
@@ -145,7 +150,12 @@ def _confidences(points: int | Sequence[float] | Tensor) -> Tensor:
         return torch.linspace(0, 1, points + 2, dtype=torch.float64)[1:-1]
     if not isinstance(points, (Sequence, Tensor)) or isinstance(points, str):
         raise TypeError(f"points must be an int or values of p, not {points!r}")
-    p = torch.as_tensor(points, dtype=torch.float64, device="cpu").detach().clone()
-    if p.dim() != 1 or not bool(((p > 0) & (p < 1)).all()):
+    try:
+        if isinstance(points, Tensor) and points.is_complex():
+            raise TypeError
+        p = torch.as_tensor(points, dtype=torch.float64, device="cpu").detach().clone()
+    except (TypeError, ValueError):
+        raise TypeError(f"points must be an int or values of p, not {points!r}") from None
+    if p.dim() != 1 or not len(p) or not bool(((p > 0) & (p < 1)).all()):
         raise ValueError(f"points must be values of p inside (0, 1), not {points!r}")
     return p

@@ -46,6 +46,17 @@ class _Definition(NamedTuple):
 _ENTROPY = _Definition(1)
 # The sum of squares is 1 - S_2; the published image-wise code leaves out the half.
 _MAX_SQUARE = _Definition(2, factor=0.5, offset=-1, published=2)
+
+
+class _LowHead(NamedTuple):
+    """A head to be guided, and how."""
+
+    logits: Tensor | Sequence[Tensor]
+    threshold: float
+    weight: float
+
+
+_TSALLIS_OPTIONS = ("ratio", "ignore_index", "reduction", "scale", "activation", "from_logits")
 # The options that a guidance shares with the target loss beside it.
 _SHARED = ("reduction", "activation", "from_logits")
 
@@ -192,7 +203,13 @@ def guidance_labels(
 
     The class of the larger mean probability of both heads where one of them is above the
     threshold, `ignore_index` elsewhere, C where a probability is NaN. With
-    activation="sigmoid" (N, C, *spatial): 1 on, 0 off, 2 NaN.
+    activation="sigmoid" (N, C, *spatial): 1 on, 0 off, 2 NaN. Options, errors and source as in
+    `maxsquare.MultiLevelGuidance`.
+
+    Example:
+        >>> logits, low_logits = torch.tensor([[[9.0, 1.0], [0.0, 0.0]]]), torch.zeros(1, 2, 2)
+        >>> guidance_labels(logits, low_logits)  # the second pixel is not sure
+        tensor([[ 0, -1]])
     """
     check_options(
         activation=activation,
@@ -267,21 +284,38 @@ def multi_level_loss(
     """The final head's target loss plus weighted guidance: `maxsquare.MultiLevelLoss`.
 
     target, options: `max_square`, `entropy`, `tsallis_entropy` or `pseudo_label_loss`, and its
-    options; the guidance shares its reduction, activation and from_logits.
+    options; the guidance shares its reduction, activation and from_logits. Everything else,
+    errors and source as in `maxsquare.MultiLevelLoss`.
+
+    Example:
+        >>> logits, low_logits = torch.zeros(1, 4, 3, 5), torch.zeros(1, 4, 3, 5)
+        >>> loss = multi_level_loss(logits, low_logits, entropy, {"reduction": "sum"})
+        >>> round(loss.item(), 4)  # 15 log 4
+        20.7944
     """
-    check_options(threshold=threshold, weight=weight)
+    if not callable(target):
+        raise TypeError(f"target must be a loss function of maxsquare.functional, not {target!r}")
+    if not isinstance(options, Mapping):
+        raise TypeError(f"options must be a mapping of the target's options, not {options!r}")
+    shared = {name: options[name] for name in _SHARED if name in options}
+    check_options(threshold=threshold, weight=weight, **shared)
     call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
-    definition = {max_square: _MAX_SQUARE, entropy: _ENTROPY}.get(target)
-    if target is tsallis_entropy and "q" in options:
-        definition = _Definition(options["q"])
+    definition, rest = None, dict(options)
+    if target is max_square:
+        definition = _MAX_SQUARE
+    elif target is entropy:
+        definition = _ENTROPY
+    elif target is tsallis_entropy and "q" in rest:
+        definition = _Definition(rest.pop("q"))
     several = isinstance(low_logits, Sequence) and len(low_logits) > 1
     if definition is None or several or options.get("reduction") == "none":
-        shared = {name: options[name] for name in _SHARED if name in options}
         guidance = guidance_loss(logits, low_logits, threshold=threshold, **call, **shared)
         return target(logits, **call, labels=labels, **options) + weight * guidance
-    call |= {"low_logits": low_logits, "threshold": threshold, "weight": weight, "labels": labels}
-    call |= {name: value for name, value in options.items() if name != "q"}
-    return _tsallis_loss(logits, definition, **call)
+    for name in rest:
+        if name not in _TSALLIS_OPTIONS:
+            raise TypeError(f"options must be those of {target.__name__}, not {name!r}")
+    low_head = _LowHead(low_logits, threshold, weight)
+    return _tsallis_loss(logits, definition, low_head, **call, labels=labels, **rest)
 
 
 def cross_entropy(
@@ -387,10 +421,8 @@ def image_weights(
 def _tsallis_loss(
     logits: Tensor,
     definition: _Definition,
+    low_head: _LowHead | None = None,
     *,
-    low_logits: Tensor | Sequence[Tensor] | None = None,
-    threshold: float | None = None,
-    weight: float = 0,
     ratio: float | None = None,
     size: Size = None,
     align_corners: bool = False,
@@ -402,7 +434,7 @@ def _tsallis_loss(
     activation: str = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """The loss of a definition, reduced; with low-level heads, plus their weighted guidance."""
+    """The loss of a definition, reduced; with a low-level head, plus its weighted guidance."""
     q, factor, offset, published = definition
     check_options(
         reduction=reduction,
@@ -445,17 +477,18 @@ def _tsallis_loss(
         if ratio is None:
             return _pixel_weights(counts, reduction, z.dtype, factor)
         weights = _bin_weights(counts if given is None else given, ratio, z.dtype)
-        return factor * weights / (max(len(counts), 1) if reduction == "mean" else 1)
+        return factor * weights / (max(counts.shape[0], 1) if reduction == "mean" else 1)
 
     how: dict[str, Any] = {"valid": valid, "weigh": weigh}
-    if low_logits is None:
+    if low_head is None:
         sums, _ = engine.accumulate(z, problem, **how)
         return sums.sum()
-    guided = problem._replace(potential=Label(), by_class=False, threshold=threshold)
-    (low_head,) = check_heads(low_logits, logits, resized=size is not None)
-    low = _images(low_head, binary)
+    guided = problem._replace(potential=Label(), by_class=False, threshold=low_head.threshold)
+    (low_logits,) = check_heads(low_head.logits, logits, resized=size is not None)
+    low = _images(low_logits, binary)
     (sums, _), (low_sums, counts) = engine.accumulate_both(z, problem, low, guided, **how)
-    return sums.sum() + (_pixel_weights(counts, reduction, z.dtype, weight) * low_sums).sum()
+    low_weights = _pixel_weights(counts, reduction, z.dtype, low_head.weight)
+    return sums.sum() + (low_weights * low_sums).sum()
 
 
 def _label_loss(
@@ -511,7 +544,8 @@ def _label_counts(
     if binary:
         # Channel c is a problem of two classes: 0, a pixel labelled c, and 1, any other.
         y = _image_maps(torch.where(y < logits.shape[1], y, -1), logits, binary)
-        channel = torch.arange(logits.shape[1], device=y.device).repeat(len(y) // logits.shape[1])
+        channels = logits.shape[1]
+        channel = torch.arange(channels, device=y.device).repeat(y.shape[0] // channels)
         y = torch.where(y < 0, y, (y != channel.view(-1, *[1] * (y.dim() - 1))).long())
     else:
         y = _image_maps(y, logits, binary)
@@ -523,7 +557,7 @@ def _count(y: Tensor, classes: int) -> Tensor:
     """(N, *spatial) indices -> (N, classes) numbers of pixels; those outside do not count."""
     y = y.flatten(1)
     inside = (y >= 0) & (y < classes)
-    counts = torch.zeros(len(y), classes, dtype=torch.long, device=y.device)
+    counts = torch.zeros(y.shape[0], classes, dtype=torch.long, device=y.device)
     return counts.scatter_add(1, torch.where(inside, y, 0), inside.long())
 
 
@@ -543,7 +577,7 @@ def _pixels(maps: Tensor, logits: Tensor, binary: bool) -> Tensor:
     """The way back: (images, *spatial) as (N, *spatial), under sigmoid (N, C, *spatial)."""
     if binary:
         channels = logits.shape[1]
-        maps = maps.reshape(len(maps) // channels, channels, *maps.shape[1:])
+        maps = maps.reshape(maps.shape[0] // channels, channels, *maps.shape[1:])
     if logits.dim() == 2:
         return maps.squeeze(0).t() if binary else maps.squeeze(0)
     return maps

@@ -471,8 +471,11 @@ class MultiLevelLoss(nn.Module):
         labels: Tensor | None = None,
     ) -> Tensor:
         """Target loss plus weighted guidance."""
-        if type(self.target_loss).forward is not _TargetLoss.forward:
-            # A user's own forward: the functional form would pass it over.
+        if not (
+            _is_as_made(self.target_loss, _TargetLoss)
+            and _is_as_made(self.guidance, MultiLevelGuidance)
+        ):
+            # A user's own forward, or hooks: the functional form would pass them over.
             call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
             target: Tensor = self.target_loss(logits, **call, labels=labels)
             guidance: Tensor = self.guidance(logits, low_logits, **call)
@@ -492,3 +495,15 @@ class MultiLevelLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"weight={self.weight!r}"
+
+
+def _is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module does what the `forward` of its kind does, and nothing else."""
+    # PyTorch publishes no way to ask for hooks.
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module).forward is kind.forward and "forward" not in vars(module) and not any(hooks)

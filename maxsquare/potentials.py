@@ -58,9 +58,19 @@ class Tsallis(NamedTuple):
         log_p = log_p.clamp_min(math.log(torch.finfo(log_p.dtype).tiny))
         return log_p if self.q == 1 else torch.expm1((self.q - 1) * log_p) / (self.q - 1)
 
+    def terms(self, p: Tensor, log_p: Tensor, out: Tensor | None = None) -> Tensor:
+        """t = p L(p); out: where it may be put, if it has no better place; then without a graph."""
+        L = self.shifted_log(p, log_p)
+        t = torch.mul(p, L, out=out if out is None or L is p else L)
+        if self.q < 1 and self.normalised:
+            # Where p has been rounded away, p^q is still something.
+            rest = torch.exp(self.q * log_p) / (self.q - 1)
+            t = torch.where(p < torch.finfo(p.dtype).tiny, rest, t)
+        return t
+
     def value(self, p: Tensor, log_p: Tensor, y: Tensor | None = None) -> Tensor:
         """(N, C, *) probabilities and their logarithms -> (N, *)."""
-        phi = self.constant - (p * self.shifted_log(p, log_p)).sum(1)
+        phi = self.constant - self.terms(p, log_p).sum(1)
         if self.normalised or self.shift or self.q == 1:
             return phi
         # With a = 0 the sum above takes 1 for the sum of the probabilities.

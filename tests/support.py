@@ -368,7 +368,7 @@ def member_named(name: str) -> Member:
 # --------------------------------------------------------------------------------------------
 
 SHAPES_BY_RANK = {0: (7, 3), 1: (2, 4, 9), 2: (2, 5, 3, 7), 3: (2, 3, 2, 3, 5)}
-LAYOUTS = ("contiguous", "channels_last", "strided", "expanded")
+LAYOUTS = ("contiguous", "channels_last", "reversed", "strided", "expanded")
 
 
 class Batch(NamedTuple):
@@ -416,6 +416,9 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     """`x` in another memory layout; "expanded" repeats its first pixel (or image) instead."""
     if layout == "channels_last":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "reversed":
+        backwards = (0, 1, *range(x.dim() - 1, 1, -1))
+        return x.permute(backwards).contiguous().permute(backwards)
     if layout == "strided":
         wide = torch.stack([x, torch.full_like(x, 7.0)], -1).flatten(-2)
         return wide[..., ::2]

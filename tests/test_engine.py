@@ -47,7 +47,7 @@ each_problem = pytest.mark.parametrize("name", PROBLEMS)
 def block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one pixel or row, of a few (so that some are cut short), and the usual ones."""
     if request.param is not None:
-        monkeypatch.setattr(blocks, "BLOCK_BYTES_PER_THREAD", request.param)
+        monkeypatch.setattr(blocks, "CACHE_BYTES_PER_THREAD", 2 * request.param)
         monkeypatch.setattr(blocks, "COLUMNS_PER_BAND", min(request.param, 3))
         monkeypatch.setattr(blocks, "ROWS_PER_STRIP", 2)
 
@@ -236,6 +236,18 @@ def test_low_precision_stays_within_the_budget_of_the_plain_formula(
         assert_within_budget(a, b, c, dtype)
 
 
+@pytest.mark.parametrize("size", [None, (20, 31)], ids=["as is", "upsampled"])
+def test_where_head_and_guide_tie_the_first_class_wins(size: tuple[int, int] | None) -> None:
+    z = random_logits((2, 5, 6, 9)).float()
+    z[:, 2:] -= 20
+    # Class 0 and 1 change places: their mean probabilities are equal, whatever they are.
+    guide = z[:, [1, 0, 2, 3, 4]]
+    problem = Problem(Label(), threshold=0.6, size=size)
+    y = paths.predict(z, problem, guide=guide)
+    assert torch.equal(y, pixelwise.predict(z, problem, guide=guide))
+    assert set(y.unique().tolist()) == {-1, 0}
+
+
 def test_a_loss_scale_saves_half_precision_gradients_from_underflow() -> None:
     z = random_logits((1, 19, 128, 128)).half()
     scale = 2.0**16
@@ -414,6 +426,24 @@ def test_no_slope_is_computed_where_no_gradient_is_wanted(
         weighted(paths)(leaf, problem)
         assert sloped.pop()
         sloped.clear()
+
+
+def test_where_the_kernels_fail_a_warning_says_so_and_the_plain_formula_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(name: str) -> Any:
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(paths.importlib, "import_module", fail)
+    paths._kernels.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"slow path.*no maxsquare\.engine\.kernels"):
+            assert paths._kernels() is None
+        # Once is enough.
+        assert paths._kernels() is None
+    finally:
+        paths._kernels.cache_clear()
 
 
 def test_logits_changed_between_the_passes_are_noticed() -> None:

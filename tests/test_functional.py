@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -253,6 +255,25 @@ def test_cross_entropy_does_not_hide_what_is_not_a_number() -> None:
         assert functional.cross_entropy(broken, labels, size=(5, 6)).isnan()
 
 
+def test_a_pixel_that_is_not_a_number_leaves_the_terms_of_others_alone() -> None:
+    # The probability of the other pixel's label is 0, its logarithm is not.
+    logits = torch.tensor([[[0.0, math.nan], [1e4, 0.0]]])
+    terms = functional.cross_entropy(logits, torch.zeros(1, 2).long(), reduction="none")
+    assert terms[0, 0].item() == 1e4
+    assert terms[0, 1].isnan()
+
+
+def test_a_masked_class_has_no_gradient_even_as_a_label() -> None:
+    logits = random_logits((1, 3, 2, 3)).requires_grad_()
+    with torch.no_grad():
+        logits[:, 1, :, 2] = -math.inf
+    labels = torch.ones(1, 5, 7).long()
+    loss = partial(functional.cross_entropy, labels=labels, size=(5, 7))
+    (gradient,) = torch.autograd.grad(loss(logits), logits)
+    assert not gradient[:, 1, :, 2].any()
+    assert_close(gradient, torch.func.grad(loss)(logits))
+
+
 def test_cross_entropy_of_huge_and_of_masked_logits() -> None:
     logits = random_logits((2, 4, 5, 6)).sign() * 1e4
     labels = random_labels(logits.shape).clamp(min=0)
@@ -344,6 +365,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
 COMMON_BAD_OPTIONS = [
     ("reduction", "avg", ValueError, "'mean' or 'sum' or 'none'"),
     ("reduction", None, (TypeError, ValueError), "'mean'"),
+    ("reduction", np.array(["mean", "sum"]), (TypeError, ValueError), "'mean'"),
     ("activation", "relu", ValueError, "'softmax' or 'sigmoid'"),
     ("from_logits", "yes", TypeError, "True or False"),
 ]
@@ -353,6 +375,7 @@ BAD_RATIO = [
     ("ratio", math.nan, ValueError, "0 to 1"),
     ("ratio", "0.2", TypeError, "number"),
     ("ignore_index", 0.5, TypeError, "int"),
+    ("ignore_index", 2**63, ValueError, "64 bits"),
 ]
 BAD_THRESHOLD = [
     ("threshold", -0.1, ValueError, "0 to 1"),
@@ -380,6 +403,7 @@ BAD_OPTIONS = [
     ("TsallisEntropyLoss", "q", -1.0, ValueError, "above 0"),
     ("TsallisEntropyLoss", "q", math.nan, ValueError, "above 0"),
     ("TsallisEntropyLoss", "q", math.inf, ValueError, "above 0"),
+    ("TsallisEntropyLoss", "q", 1e39, ValueError, "finite"),
     ("TsallisEntropyLoss", "q", "2", TypeError, "number"),
     ("TsallisEntropyLoss", "q", None, TypeError, "number"),
     ("IWMaxSquareLoss", "ratio", None, TypeError, "number"),
@@ -420,6 +444,7 @@ BAD_CALLS: list[tuple[str, Any, dict[str, Any], type[Exception], list[str]]] = [
     ("logits", LOGITS.long(), {}, TypeError, ["int64", "float"]),
     ("logits", LOGITS.bool(), {}, TypeError, ["bool", "float"]),
     ("logits", LOGITS.to(torch.complex64), {}, TypeError, ["complex64", "float"]),
+    ("logits", LOGITS.to_sparse(), {}, TypeError, ["sparse", "dense"]),
     ("logits", torch.zeros(3), {}, ValueError, ["(3,)", "(N, C"]),
     ("logits", torch.zeros(()), {}, ValueError, ["()", "(N, C"]),
     ("logits", torch.zeros(1, 2, 3, 4, 5, 6), {}, ValueError, ["(1, 2, 3, 4, 5, 6)", "(N, C"]),
@@ -436,6 +461,7 @@ BAD_CALLS: list[tuple[str, Any, dict[str, Any], type[Exception], list[str]]] = [
     ("size", LOGITS, {"size": (8, -9)}, ValueError, ["(8, -9)", "positive"]),
     ("size", LOGITS, {"size": (8.5, 9)}, (TypeError, ValueError), ["8.5", "int"]),
     ("size", LOGITS, {"size": "big"}, (TypeError, ValueError), ["big", "int"]),
+    ("size", LOGITS, {"size": b"ab"}, (TypeError, ValueError), ["ab", "int"]),
     ("size", LOGITS, {"size": 8.5}, (TypeError, ValueError), ["8.5", "int"]),
     ("size", torch.zeros(2, 3), {"size": (8, 9)}, ValueError, ["(2, 3)"]),
     ("size", torch.zeros(2, 3, 4), {"size": (8, 9)}, ValueError, ["(2, 3, 4)"]),
@@ -452,6 +478,9 @@ BAD_LABELS: list[tuple[Any, type[Exception], list[str]]] = [
 ]
 BAD_LOW_LOGITS: list[tuple[Any, dict[str, Any], type[Exception], list[str]]] = [
     ("low", {}, TypeError, ["tensor"]),
+    (None, {}, TypeError, ["NoneType", "tensor"]),
+    (np.zeros((2, 3, 4, 5)), {}, TypeError, ["ndarray", "tensor"]),
+    (LOGITS[..., :0], {"size": (8, 9)}, ValueError, ["(2, 3, 4, 0)", "(2, 3, 4, 5)"]),
     ([], {}, (TypeError, ValueError), ["[]"]),
     ([LOGITS, "low"], {}, TypeError, ["str", "tensor"]),
     (LOGITS.double(), {}, TypeError, ["float64", "float32"]),
@@ -587,6 +616,20 @@ def test_the_own_options_of_the_functions_are_checked() -> None:
     ]
     for argument, error, call in calls:
         assert_tells(error, argument, [], call)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one head", "several"])
+def test_the_options_of_a_target_are_neither_those_of_the_call_nor_unknown(several: bool) -> None:
+    low_logits = [LOGITS, LOGITS] if several else LOGITS
+    call = partial(functional.multi_level_loss, LOGITS, low_logits)
+    for name, value in {"threshold": 0.1, "weight": 5.0, "size": (8, 9), "q": 1, "x": 1}.items():
+        with pytest.raises(TypeError, match=rf"\b{name}\b"):
+            call(functional.max_square, {name: value})
+    with pytest.raises(TypeError, match=r"\boptions\b.*NoneType|\boptions\b.*None"):
+        call(functional.max_square, None)
+    for target in ("entropy", None, [functional.entropy]):
+        with pytest.raises(TypeError, match=r"\btarget\b"):
+            call(target)
 
 
 def test_the_public_names_are_exactly_the_promised_ones() -> None:

@@ -218,8 +218,10 @@ def test_classes_beyond_one_chunk(size: tuple[int, int] | None) -> None:
     assert_equal_to_plain(z, Problem(Label(), size, threshold=0.01), guide=guide)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded"])
-@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 3, 3, 5), (1, 3, 2, 3, 2)], ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "reversed", "strided", "expanded"])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 7), (2, 3, 3, 5), (1, 3, 2, 3, 2), (1, 3, 3, 1, 2), (1, 3, 2, 2, 1)], ids=str
+)
 def test_layouts(shape: tuple[int, ...], layout: str) -> None:
     z, guide = lay_out(logits(*shape), layout), logits(*shape, seed=1)
     assert_equal_to_plain(z, GUIDED, guide=guide)

@@ -866,6 +866,56 @@ def test_the_loss_is_that_of_ordinary_torch_code() -> None:
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_frozen_low_level_head_costs_the_final_head_no_second_derivative(reduction: str) -> None:
+    logits, low_logits = random_logits((1, 3, 4, 5)).requires_grad_(), random_logits((1, 3, 4, 5))
+    guidance = MultiLevelGuidance(0.3, reduction=reduction)(logits, low_logits)
+    assert not guidance.requires_grad
+    loss = MultiLevelLoss(MaxSquareLoss(reduction=reduction), threshold=0.3)
+    first, alone = (
+        torch.autograd.grad(value.sum(), logits, create_graph=True)[0]
+        for value in (
+            loss(logits, low_logits),
+            MaxSquareLoss(reduction=reduction)(logits),
+        )
+    )
+    for ours, expected in zip(
+        torch.autograd.grad(first.square().sum(), logits),
+        torch.autograd.grad(alone.square().sum(), logits),
+        strict=True,
+    ):
+        assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("size", [None, (7, 9)], ids=["as is", "upsampled"])
+@pytest.mark.parametrize("member", MEMBERS, ids=repr)
+def test_a_batch_of_upstream_gradients_gives_the_gradients_of_each(
+    member: Member, size: tuple[int, int] | None
+) -> None:
+    for reduction in ("mean", "none"):
+        heads = [random_logits((2, 3, 4, 5), seed=i).requires_grad_() for i in range(2)]
+        heads = heads[: member.heads]
+        value = member.make(reduction=reduction)(*heads, size=size)
+        upstream = random_logits((3, *value.shape))
+        learning = heads[-1:]
+        (batched,) = torch.autograd.grad(
+            value, learning, upstream, is_grads_batched=True, retain_graph=True
+        )
+        for one, expected in zip(batched, upstream, strict=True):
+            (gradient,) = torch.autograd.grad(value, learning, expected, retain_graph=True)
+            assert_close(one, gradient)
+
+
+@pytest.mark.parametrize("part", ["target_loss", "guidance"])
+def test_hooks_on_the_parts_of_a_multi_level_loss_are_called(part: str) -> None:
+    logits, low_logits = random_logits((1, 3, 4, 5)), random_logits((1, 3, 4, 5), seed=1)
+    loss, seen = MultiLevelLoss(IWMaxSquareLoss(), threshold=0.4), []
+    expected = loss(logits, low_logits)
+    getattr(loss, part).register_forward_hook(lambda module, inputs, result: seen.append(result))
+    assert_close(loss(logits, low_logits), expected)
+    assert len(seen) == 1
+
+
 def test_a_target_loss_with_a_forward_of_its_own_is_heard_within_the_multi_level_loss() -> None:
     class Doubled(EntropyLoss):
         def forward(self, logits: Tensor, **call: Any) -> Tensor:

@@ -48,6 +48,24 @@ def test_tsallis_entropy_in_float32_keeps_its_digits_as_q_tends_to_1(gap: float)
     assert_close(TsallisEntropyLoss(1 + gap)(logits.float()), exact, torch.float32)
 
 
+@pytest.mark.parametrize("q", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [None, (2, 2)], ids=["as is", "upsampled"])
+def test_small_q_keeps_what_rounds_away_as_a_probability(
+    q: float, dtype: torch.dtype, size: tuple[int, int] | None
+) -> None:
+    # exp(-gap) is 0 in the dtype, but not its power q.
+    gap = 120.0 if dtype == torch.float32 else 900.0
+    logits = torch.tensor([gap, 0.0, 0.0], dtype=dtype).view(1, 3, 1, 1).requires_grad_()
+    value = TsallisEntropyLoss(q)(logits, size=size)
+    (slope,) = torch.autograd.grad(value, logits)
+    power = math.exp(-q * gap)
+    # p^q = 1 for the certain class.
+    assert value.item() == pytest.approx(2 * power / (1 - q), rel=1e-5)
+    expected = q / (1 - q) * power * torch.tensor([-2.0, 1.0, 1.0], dtype=dtype)
+    torch.testing.assert_close(slope.flatten(), expected, rtol=1e-5, atol=0)
+
+
 @given(batches())
 def test_tsallis_entropy_at_q_2_is_an_affine_map_of_maximum_squares(batch: Batch) -> None:
     per_pixel = {"reduction": "none"}

@@ -212,6 +212,18 @@ def test_export_keeps_the_value(member: Member, size: tuple[int, int] | None) ->
     assert_close(exported(*other), called(*other))
 
 
+@each_slow_member
+@each_size
+def test_export_takes_batches_of_any_size(member: Member, size: tuple[int, int] | None) -> None:
+    called = Called(member.make(), size)
+    inputs = tuple(x.detach() for x in inputs_of(member, (3, 4, 5, 6)))
+    batch = torch.export.Dim("batch")
+    dynamic = {"inputs": tuple({0: batch} for _ in inputs)}
+    exported = torch.export.export(called, inputs, dynamic_shapes=dynamic).module()
+    other = tuple(x.detach() for x in inputs_of(member, (2, 4, 5, 6), seed=9))
+    assert_close(exported(*other), called(*other))
+
+
 # --------------------------------------------------------------------------------------------
 # Mixed precision, devices, synchronisation
 # --------------------------------------------------------------------------------------------

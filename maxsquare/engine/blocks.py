@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ from maxsquare.engine.bilinear import axis_bands
 from maxsquare.engine.pixelwise import LOWEST_LOGIT, Problem
 from maxsquare.potentials import Label, Tsallis
 
-# Two buffers of this size, the logits and what is made of them, about fill a level-2 cache.
-BLOCK_BYTES_PER_THREAD = 640 * 1024
+# What a thread works on at a time, in all buffers together: about a level-2 cache.
+CACHE_BYTES_PER_THREAD = 1280 * 1024
 # Columns interpolated at a time: the fewer, the fewer zeros are multiplied, but the more calls.
 COLUMNS_PER_BAND = 256
 # Low-resolution rows kept at the width of the result: one more is read twice for every so many.
@@ -139,9 +140,12 @@ def _sweep(
     sloped = weights is not None
     # Nothing but the largest logits is wanted.
     looks = problem.potential is None and problem.threshold is None and labels is None
-    heads = _heads(
-        [z] if guide is None else [z, guide], problem, dtype, looks, (sloped, own is not None)
-    )
+    tensors = [z] if guide is None else [z, guide]
+    # A prediction from probabilities that are still wanted takes a buffer of its own.
+    spares = 2 if labelled and predicts and guide is None else 1
+    # Full-resolution logits that are only looked at need no buffer.
+    buffers = spares if looks and problem.size is None else spares + len(tensors)
+    heads = _heads(tensors, problem, dtype, buffers, (sloped, own is not None))
     source = heads[0]
 
     bins = classes if problem.by_class else 1
@@ -155,7 +159,7 @@ def _sweep(
     if per_pixel and not sloped:
         phi_map = z.new_empty(shape, dtype=dtype)
     # Made once: fresh memory for every block would cost more than the arithmetic on it.
-    spares = [torch.empty_like(source.buffer) for _ in range(2 if labelled and predicts else 1)]
+    spare_buffers = [torch.empty_like(source.buffer) for _ in range(spares)]
     y_rows, phi_rows, label_rows, own_rows, valid_rows = (
         None if pixels is None else _rows(pixels, source.length)
         for pixels in (y_map, phi_map, labels, own and own.labels, valid)
@@ -173,7 +177,7 @@ def _sweep(
             head.start(n)
         for k in order:
             x, *guides = (head.look(k) if looks else head.load(k) for head in heads)
-            spare, other = (spares[i][: x.numel()].view_as(x) for i in (0, -1))
+            spare, other = (spare_buffers[i][: x.numel()].view_as(x) for i in (0, -1))
             counted = None if valid_rows is None else source.pixels(valid_rows, k)
             pixels = _Pixels(None, counted, False)
             if label_rows is not None:
@@ -186,10 +190,10 @@ def _sweep(
                 own_pixels = pixels
                 if own_rows is not None:
                     own_pixels = _given(source.pixels(own_rows, k), pixels, own.problem, classes)
-                p, log_p = _probabilities(guides[0], own.problem, other)
-                other = other if p is guides[0] else guides[0]
+                p, log_p = _probabilities(guides[0], own.problem, spare)
+                spare = spare if p is guides[0] else guides[0]
                 own_w = own.weights[n].to(dtype)
-                _settle(heads[1], k, p, log_p, own_pixels, own.problem, own_w, own_sums[n], other)
+                _settle(heads[1], k, p, log_p, own_pixels, own.problem, own_w, own_sums[n], spare)
                 guides = [p]
             elif guides and problem.from_logits:
                 guides = [torch.softmax(guides[0], 1, out=guides[0])]
@@ -299,7 +303,7 @@ def _confident(
     """`pixelwise.predict` of a block; the guides' probabilities are overwritten."""
     best, mean, counted = p.amax(1), p, pixels.counted
     for guide in guides:
-        best, mean = torch.maximum(best, guide.amax(1)), guide.add_(p)
+        best, mean, spare = torch.maximum(best, guide.amax(1)), guide.add_(p), guide
     y = _argmax(mean, spare)
     strange = math.isnan(best.max().item())
     if strange:
@@ -309,14 +313,18 @@ def _confident(
 
 
 def _argmax(x: Tensor, spare: Tensor, dtype: torch.dtype = torch.long) -> Tensor:
-    """The first of the largest; comparing with the maximum is cheaper than looking for it."""
+    """The first of the largest; comparing with the maximum is cheaper than looking for it.
+
+    spare: may be x, if nobody asks what it says of NaN.
+    """
     classes = x.shape[1]
     hit = torch.eq(x, x.amax(1, keepdim=True), out=spare)
     # One hit at class c sums up to C + c; none (NaN) gives 0, and several at least 2 C.
     code = hit.mul_(_codes(classes, x.dtype)).sum(1)
     least, most = _range(code)
     if least < classes or most >= 2 * classes:
-        return x.argmax(1).to(dtype)
+        # Of x overwritten by the codes of its largest, the first is the first but zero.
+        return (x.bool().byte() if spare is x else x).argmax(1).to(dtype)
     return code.sub_(classes).to(dtype)
 
 
@@ -341,9 +349,9 @@ def _potential(
     y, _, strange = pixels
     potential, tiny = problem.potential, torch.finfo(p.dtype).tiny
     if isinstance(potential, Tsallis):
-        q, a, t = potential.q, potential.shift, potential.shifted_log(p, log_p)
+        q, a = potential.q, potential.shift
         if problem.from_logits:
-            t = torch.mul(t, p, out=spare if t is p else t)
+            t = potential.terms(p, log_p, spare)
             total = t.sum(1)
             return (
                 potential.constant - total,
@@ -351,6 +359,7 @@ def _potential(
                 -q,
             )
         # (p L)' = L + p^(q-1), and p^(q-1) = (q - 1) (L - a) + 1.
+        t = potential.shifted_log(p, log_p)
         power = (q - 1) * t + (0 if a else 1)
         if not a:
             # There L is held constant.
@@ -364,8 +373,8 @@ def _potential(
     p_y = p.gather(1, c)
     if problem.from_logits:
         phi = p_y.log().neg_()
-        if p_y.amin().item() < tiny:
-            # Rounded away: from the logits (here log_p) instead.
+        if not p_y.amin().item() >= tiny:
+            # Rounded away, or beside a NaN: from the logits (here log_p) instead.
             top = log_p.amax(1, keepdim=True), p.amax(1, keepdim=True)
             phi = (top[0] - log_p.gather(1, c)).sub_(top[1].log_())
         slope = p.scatter_(1, c, p_y.sub_(1)) if sloped else p
@@ -412,19 +421,18 @@ class _Whole:
         problem: Problem,
         dtype: torch.dtype,
         flat: bool,
-        looks: bool,
+        elements: int,
         sloped: bool,
     ) -> None:
         self.binary, self.from_logits = problem.binary, problem.from_logits
         self.z = z.flatten(2) if flat else z
         self.slope = memory.empty_like(z) if sloped else None
-        if self.slope is not None and flat and not is_flat(self.slope):
+        if self.slope is not None and flat and not is_flat(z.shape, self.slope.stride()):
             self.slope = z.new_empty(z.shape, dtype=z.dtype)
         self.slope_rows = self.slope.flatten(2) if self.slope is not None and flat else self.slope
         self.length = self.z.shape[2]
         self.classes, rest = 2 if problem.binary else z.shape[1], math.prod(self.z.shape[3:])
-        # A pass that only looks makes little of the logits: one buffer has the room of two.
-        step = max(1, (1 + looks) * _block_elements(dtype) // (self.classes * max(rest, 1)))
+        step = max(1, elements // (self.classes * max(rest, 1)))
         self.slices = [slice(i, min(i + step, self.length)) for i in range(0, self.length, step)]
         self.buffer = z.new_empty(self.classes * min(step, self.length) * rest, dtype=dtype)
         self.n = 0
@@ -474,14 +482,20 @@ class _Upsampled:
     """
 
     def __init__(
-        self, z: Tensor, problem: Problem, dtype: torch.dtype, banded: bool, sloped: bool
+        self,
+        z: Tensor,
+        problem: Problem,
+        dtype: torch.dtype,
+        banded: bool,
+        elements: int,
+        sloped: bool,
     ) -> None:
         assert problem.size is not None
         self.binary, self.from_logits = problem.binary, problem.from_logits
         self.z, self.dtype = z, dtype
         self.classes, channels = 2 if problem.binary else z.shape[1], z.shape[1]
         (self.length, self.width), (height, width) = problem.size, z.shape[2:]
-        step = max(1, _block_elements(dtype) // (self.classes * self.width)) if banded else 1
+        step = max(1, elements // (self.classes * self.width)) if banded else 1
         columns = COLUMNS_PER_BAND if banded else 1
         align = problem.align_corners
         self.row_bands = axis_bands(self.length, height, align, step, dtype)
@@ -542,6 +556,8 @@ class _Upsampled:
         for band in self.column_bands:
             wide = self.wide_slope[: len(narrow), :, band.out]
             narrow[..., band.source] += wide @ band.weights
+        # Where the logits are held constant.
+        narrow.masked_fill_(self.z[self.n, :, self.strip].transpose(0, 1) < LOWEST_LOGIT, 0)
 
     def _open(self, strip: slice) -> None:
         self.strip = strip
@@ -575,29 +591,24 @@ def _heads(
     heads: list[Tensor],
     problem: Problem,
     dtype: torch.dtype,
-    looks: bool,
+    buffers: int,
     sloped: tuple[bool, bool],
 ) -> list[_Whole] | list[_Upsampled]:
     """Sources of the logits of one head, or of a head and its guide."""
     pairs = zip(heads, sloped, strict=False)
+    elements = CACHE_BYTES_PER_THREAD * torch.get_num_threads() // (buffers * dtype.itemsize)
     if problem.size is not None:
         # In a band of several rows 0 times NaN would reach pixels that the NaN does not touch.
         banded = all(bool((z < math.inf).all()) for z in heads)
-        return [_Upsampled(z, problem, dtype, banded, sloped) for z, sloped in pairs]
-    flat = all(map(is_flat, heads))
-    return [_Whole(z, problem, dtype, flat, looks, sloped) for z, sloped in pairs]
+        return [_Upsampled(z, problem, dtype, banded, elements, sloped) for z, sloped in pairs]
+    flat = all(is_flat(z.shape, z.stride()) for z in heads)
+    return [_Whole(z, problem, dtype, flat, elements, sloped) for z, sloped in pairs]
 
 
-def is_flat(z: Tensor) -> bool:
-    """Whether the spatial dimensions are one, without a copy."""
-    return all(
-        z.shape[d] == 1 or z.shape[d + 1] == 1 or z.stride(d) == z.stride(d + 1) * z.shape[d + 1]
-        for d in range(2, z.dim() - 1)
-    )
-
-
-def _block_elements(dtype: torch.dtype) -> int:
-    return BLOCK_BYTES_PER_THREAD * torch.get_num_threads() // dtype.itemsize
+def is_flat(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the spatial dimensions of a tensor can be seen as one."""
+    dims = [d for d in range(2, len(shape)) if shape[d] != 1]
+    return all(strides[a] == strides[b] * shape[b] for a, b in pairwise(dims))
 
 
 def _complete(x: Tensor, from_logits: bool) -> Tensor:

@@ -17,9 +17,10 @@ compiler then merges the repeated reads into one.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,6 +34,9 @@ from maxsquare.potentials import Tsallis
 # Elements of a tile that one warp holds: 64 of a thread's 255 registers, for the logits and
 # for what is being made of them, in float32; float64 gets twice the warps.
 ELEMENTS_PER_WARP = 2048
+# Of logits whose classes are neighbours a thread holds several pixels, and with each of them
+# what a pixel has once.
+ELEMENTS_PER_WARP_BY_PIXEL = 512
 # With upsampling, 4 a thread: each comes with 4 logits and 4 slopes of the corners.
 UPSAMPLED_PER_WARP = 128
 # With fewer neighbouring pixels a read of half-precision logits wastes bandwidth; with more
@@ -216,6 +220,15 @@ def _shifted_log(p, log_p, form: tl.constexpr):
 
 
 @triton.jit
+def _term(p, log_p, form: tl.constexpr):
+    """`Tsallis.terms`."""
+    t = p * _shifted_log(p, log_p, form)
+    if form.q < 1 and form.normalised:
+        t = tl.where(p < form.tiny, tl.exp(form.q * log_p) * (1 / (form.q - 1)), t)
+    return t
+
+
+@triton.jit
 def _predict(z, m, Z, guide, seen, form: tl.constexpr):
     """`pixelwise.predict` of the pixels that are seen."""
     by_logits: tl.constexpr = guide is None and form.threshold is None
@@ -261,7 +274,7 @@ def _potential(z, m, Z, y, seen, form: tl.constexpr):
             total += tl.sum(tl.where(c == y, x, 0.0), 0, keep_dims=True)
         else:
             p, log_p = _probabilities(x, m, Z, form)
-            total += tl.sum(p * _shifted_log(p, log_p, form), 0, keep_dims=True)
+            total += tl.sum(_term(p, log_p, form), 0, keep_dims=True)
             mass += tl.sum(p, 0, keep_dims=True)
     if form.q is None:
         _, log_p = _probabilities(total, m, Z, form)
@@ -291,7 +304,7 @@ def _slope(x, m, Z, total, y, c, form: tl.constexpr):
     else:
         L = _shifted_log(p, log_p, form)
         if form.from_logits:
-            slope = -form.q * (p * L - p * total)
+            slope = -form.q * (_term(p, log_p, form) - p * total)
         elif form.shift != 0:
             slope = -form.q * L
         else:
@@ -448,6 +461,13 @@ def _sweep(
 # Launch -------------------------------------------------------------------------------------------
 
 
+def check_device() -> None:
+    """Raise if Triton has no kernels for the current device."""
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda" or target.arch < 70:
+        raise RuntimeError(f"it has no kernels for {target}")
+
+
 def at_once(z: Tensor, problem: Problem) -> bool:
     """Whether one pass shall take sums and slope, before the upstream gradient is known.
 
@@ -467,41 +487,112 @@ def sweep(
     per_pixel: bool = False,
 ) -> Swept:
     """`blocks.sweep` on the device of the tensors, for which the host never waits."""
-    tsallis = problem.potential if isinstance(problem.potential, Tsallis) else None
+    tsallis = isinstance(problem.potential, Tsallis)
     classes = 2 if problem.binary else z.shape[1]
-    predicts = labels is None and (problem.by_class or tsallis is None)
+    predicts = labels is None and (problem.by_class or not tsallis)
     sloped = weights is not None
-    bins = classes if problem.by_class and not sloped else 1
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     shape = (len(z), *(problem.size or z.shape[2:]))
     length = math.prod(shape[1:])
     heads = [z, guide] if predicts and guide is not None else [z]
+    slope = None
     if problem.size is not None and problem.from_logits:
         heads = [head.to(dtype).clamp_min(LOWEST_LOGIT) for head in heads]
-    # Both classes of a binary problem read its one channel: their stride is 0.
-    heads = [head.expand(-1, classes, *head.shape[2:]) for head in heads]
+    if sloped and problem.size is not None:
+        # A map for each corner: the first row (column) is no cell's lower (right) one.
+        slope = z.new_zeros(2, 2, *z.shape, dtype=dtype)
+    elif sloped:
+        slope = torch.empty_like(z)
+    plan = _plan(
+        problem,
+        dtype,
+        tuple((head.shape, head.stride()) for head in heads),
+        None if slope is None else slope.stride(),
+        predicts,
+        per_pixel,
+    )
 
+    sums = z.new_empty(len(z), plan.tiles, plan.form.bins, dtype=dtype)
+    counts = z.new_empty(len(z), plan.tiles, plan.form.bins, dtype=torch.int32)
+    y = z.new_empty(shape, dtype=index_dtype(classes)) if predicts and not sloped else None
+    phi = z.new_empty(shape, dtype=dtype) if per_pixel and not sloped else None
+    if len(z) and length:
+        with torch.cuda.device_of(z):
+            _sweep[(len(z) * plan.tiles * plan.chunks,)](
+                heads[0], *plan.head,
+                heads[1] if len(heads) == 2 else None, *plan.guide,
+                *(None if t is None else t.contiguous() for t in (labels, valid)),
+                None if weights is None else weights.to(dtype).contiguous(),
+                sums, counts, y, phi, slope, plan.slope_strides,
+                length, *shape[-2:], plan.tiles, plan.form,
+                num_warps=plan.warps,
+                num_stages=1,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+    # Before more memory is taken, copies of the logits are given back.
+    del heads
+    if slope is not None and problem.size is not None:
+        # Where the logits are held constant it is 0.
+        slope = slope.sum((0, 1)).masked_fill_(z < LOWEST_LOGIT, 0)
+    return Swept(sums.sum(1), counts.sum(1), y, phi, slope)
+
+
+# Shape and strides of a tensor.
+_Layout = tuple[tuple[int, ...], tuple[int, ...]]
+# Strides of images, channels, and three spatial dimensions; rows and columns of an upsampling.
+_Head = tuple[tuple[int, ...], Any, Any]
+
+
+class _Plan(NamedTuple):
+    """A launch, but for its tensors.
+
+    tiles, chunks: of pixels in an image, and of classes.
+    head, guide: how the logits of each lie.
+    """
+
+    form: Form
+    tiles: int
+    chunks: int
+    warps: int
+    head: _Head
+    guide: _Head
+    slope_strides: tuple[int, ...] | None
+
+
+# In eager mode a launch takes the host longer than small problems take the device.
+@functools.lru_cache(maxsize=256)
+def _plan(
+    problem: Problem,
+    dtype: torch.dtype,
+    heads: tuple[_Layout, ...],
+    slope_strides: tuple[int, ...] | None,
+    predicts: bool,
+    per_pixel: bool,
+) -> _Plan:
+    """dtype: in which to compute; heads: of z, and of the guide if there is one."""
+    tsallis = problem.potential if isinstance(problem.potential, Tsallis) else None
+    (shape, strides), *_ = heads
+    classes = 2 if problem.binary else shape[1]
+    length = math.prod(problem.size or shape[2:])
     block_c = min(triton.next_power_of_2(classes), MAX_CLASSES)
-    axes: list[Any] = [(None, None)]
-    vast, slope = False, None
+    axes: list[Any] = [(None, None) for _ in heads]
+    flat = vast = False
     if problem.size is not None:
-        axes = [_axes(head, problem.size, problem.align_corners) for head in heads]
+        axes = [_axes(source, problem.size, problem.align_corners) for source, _ in heads]
         numerators = (2 * source * size for *_, source, size in sum(axes, ()))
         vast = 2 * max(length, *numerators) >= 2**31
-        tiles, per_warp = z.shape[2] * z.shape[3], UPSAMPLED_PER_WARP
+        tiles, per_warp = shape[2] * shape[3], UPSAMPLED_PER_WARP
         block_m = max(2 * per_warp // block_c, MIN_CELL_PIXELS)
         block_m = min(block_m, triton.next_power_of_2(triton.cdiv(length, tiles)))
-        if sloped:
-            # A map for each corner: the first row (column) is no cell's lower (right) one.
-            slope = z.new_zeros(2, 2, *z.shape, dtype=dtype)
     else:
-        per_warp = ELEMENTS_PER_WARP
+        flat = all(is_flat(*head) for head in heads)
+        flat = flat and (slope_strides is None or is_flat(shape, slope_strides))
+        by_pixel = shape[1] > 1 and strides[1] == 1
+        per_warp = ELEMENTS_PER_WARP_BY_PIXEL if by_pixel else ELEMENTS_PER_WARP
         block_m = min(max(per_warp // block_c, MIN_PIXELS), MAX_PIXELS)
         tiles = triton.cdiv(length, block_m)
-        if sloped:
-            slope = torch.empty_like(z)
-    maps = [head for head in (*heads, slope) if head is not None]
-    flat = problem.size is None and all(map(is_flat, maps))
+        if slope_strides is not None:
+            slope_strides = _strides((shape, slope_strides), flat, problem.binary)
     form = Form(
         q=None if tsallis is None else tsallis.q,
         index_only=problem.potential is None,
@@ -513,7 +604,7 @@ def sweep(
         binary=problem.binary,
         from_logits=problem.from_logits,
         by_class=problem.by_class,
-        bins=bins,
+        bins=classes if problem.by_class and slope_strides is None else 1,
         predicts=predicts,
         weighted_pixels=per_pixel,
         upsampled=problem.size is not None,
@@ -526,40 +617,37 @@ def sweep(
         tiny=torch.finfo(dtype).tiny,
         position=tl.int64 if vast else tl.int32,
     )
-
-    sums = z.new_empty(len(z), tiles, bins, dtype=dtype)
-    counts = z.new_empty(len(z), tiles, bins, dtype=torch.int32)
-    y = z.new_empty(shape, dtype=index_dtype(classes)) if predicts and not sloped else None
-    phi = z.new_empty(shape, dtype=dtype) if per_pixel and not sloped else None
-    if len(z) and length:
-        with torch.cuda.device_of(z):
-            _sweep[(len(z) * tiles * triton.cdiv(classes, block_c),)](
-                heads[0], _strides(heads[0], flat), *axes[0],
-                heads[1] if len(heads) == 2 else None, _strides(heads[-1], flat), *axes[-1],
-                *(None if t is None else t.contiguous() for t in (labels, valid)),
-                None if weights is None else weights.to(dtype).contiguous(),
-                sums, counts, y, phi, slope, None if slope is None else _strides(slope, flat),
-                length, *shape[-2:], tiles, form,
-                num_warps=max(1, block_c * block_m * dtype.itemsize // (4 * per_warp)),
-                num_stages=1,
-                enable_fp_fusion=True,
-            )  # fmt: skip
-    if slope is not None and problem.size is not None:
-        slope = slope.sum((0, 1))
-    return Swept(sums.sum(1), counts.sum(1), y, phi, slope)
+    head, *others = (
+        (_strides(layout, flat, problem.binary), *pair)
+        for layout, pair in zip(heads, axes, strict=True)
+    )
+    return _Plan(
+        form,
+        tiles,
+        chunks=triton.cdiv(classes, block_c),
+        warps=max(1, block_c * block_m * dtype.itemsize // (4 * per_warp)),
+        head=head,
+        guide=others[0] if others else head,
+        slope_strides=slope_strides,
+    )
 
 
-def _axes(z: Tensor, size: tuple[int, int], align_corners: bool) -> tuple[tuple[int, ...], ...]:
+def _axes(
+    source: tuple[int, ...], size: tuple[int, int], align_corners: bool
+) -> tuple[tuple[int, ...], ...]:
     """Rows and columns of an upsampling, as the kernels take them."""
-    pairs = zip(z.shape[2:], size, strict=True)
+    pairs = zip(source[2:], size, strict=True)
     if align_corners:
         return tuple((max(m - 1, 1), 0, max(k - 1, 1), m, k) for m, k in pairs)
     return tuple((2 * m, m - k, 2 * k, m, k) for m, k in pairs)
 
 
-def _strides(x: Tensor, flat: bool) -> tuple[int, ...]:
+def _strides(layout: _Layout, flat: bool, binary: bool) -> tuple[int, ...]:
     """Strides of images, channels, and three spatial dimensions, of which `flat` uses the last."""
-    x = x.flatten(2) if flat else x
-    while x.dim() < 5:
-        x = x.unsqueeze(2)
-    return x.stride()
+    shape, (images, channels, *spatial) = layout
+    if flat:
+        # That of the last dimension that has one.
+        last = [stride for stride, length in zip(spatial, shape[2:], strict=True) if length != 1]
+        spatial = last[-1:]
+    # Both classes of a binary problem read its one channel.
+    return images, 0 if binary else channels, *[0] * (3 - len(spatial)), *spatial

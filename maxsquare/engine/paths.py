@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -37,10 +38,20 @@ def choose_path(*tensors: Tensor | None) -> ModuleType | None:
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    """The CUDA path, imported when it is first wanted; None without Triton."""
+    """The CUDA path, imported when it is first wanted; None where Triton is not, or fails."""
     if importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("maxsquare.engine.kernels")
+    try:
+        kernels = importlib.import_module("maxsquare.engine.kernels")
+        kernels.check_device()
+    except Exception as error:
+        # No compiler for its launcher, a GPU too old or not NVIDIA's, a version that differs.
+        warnings.warn(
+            f"maxsquare takes the slow path on this GPU, as Triton does not work: {error}",
+            stacklevel=2,
+        )
+        return None
+    return kernels
 
 
 def accumulate(
@@ -58,6 +69,8 @@ def accumulate(
         return pixelwise.accumulate(
             z, problem, guide=guide, labels=labels, valid=valid, weigh=weigh
         )
+    # A guide decides labels, which have no gradient.
+    guide = None if guide is None else guide.detach()
     sloped = torch.is_grad_enabled() and z.requires_grad
     at_once = sloped and path.at_once(z, problem) and not (problem.by_class and weigh is None)
     sums, counts, _, _ = _Sweep.apply(z, guide, labels, valid, problem, path, False, weigh, at_once)
@@ -103,6 +116,7 @@ def terms(
     path = choose_path(z, guide, labels, valid)
     if path is None:
         return pixelwise.terms(z, problem, guide=guide, labels=labels, valid=valid)
+    guide = None if guide is None else guide.detach()
     _, _, y, phi = _Sweep.apply(z, guide, labels, valid, problem, path, True, None, False)
     if labels is not None:
         y = labels.long()
@@ -191,13 +205,14 @@ class _Sweep(torch.autograd.Function):
         given = {"guide": guide, "labels": labels, "valid": valid}
         upstream = phi_grad if ctx.per_pixel else sums_grad
         slope, ctx.slope = ctx.slope, None
-        if torch.is_grad_enabled():
-            # A graph of the gradient is wanted: the plain formula has one.
-            if ctx.per_pixel:
-                value = pixelwise.terms(z, problem, **given)[0]
-            else:
-                value = pixelwise.accumulate(z, problem, **given, weigh=ctx.weigh)[0]
-            (slope,) = torch.autograd.grad(value, z, upstream, create_graph=True)
+        if _wants_formula(upstream):
+            differentiable = torch.is_grad_enabled()
+            with torch.enable_grad():
+                if ctx.per_pixel:
+                    value = pixelwise.terms(z, problem, **given)[0]
+                else:
+                    value = pixelwise.accumulate(z, problem, **given, weigh=ctx.weigh)[0]
+            (slope,) = torch.autograd.grad(value, z, upstream, create_graph=differentiable)
             return slope.to(z.dtype), *[None] * 8
         upstream = upstream if weights is None else upstream * weights
         if swept_with is None:
@@ -207,6 +222,11 @@ class _Sweep(torch.autograd.Function):
                 slope = _slope(path, z, problem, given, y, swept_with).slope
             slope = _scale(slope, upstream, large=problem.size is None)
         return slope.to(z.dtype), *[None] * 8
+
+
+def _wants_formula(upstream: Tensor) -> bool:
+    """Whether a backward pass is to have a graph, or is given a batch of upstream gradients."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
 class _Known(NamedTuple):
@@ -245,6 +265,8 @@ def _know(
     if counted is None:
         pixels = math.prod(z.shape[2:] if problem.size is None else problem.size)
         counts = torch.full((len(z), 1), pixels, device=z.device)
+    elif z.device.type != "cpu":
+        counts = counted.flatten(1).sum(1, keepdim=True)
     else:
         # A sum of all images at once would hold int64 copies of their maps.
         counts = torch.zeros(len(z), 1, dtype=torch.long, device=z.device)
@@ -304,12 +326,13 @@ class _SweepBoth(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         z, low, valid, *known = ctx.saved_tensors
         slopes, ctx.slopes = ctx.slopes, None
-        if torch.is_grad_enabled():
-            # A graph of the gradient is wanted: the plain formula has one.
-            sums, _ = pixelwise.accumulate(z, ctx.problem, valid=valid, weigh=ctx.weigh)
-            low_sums, _ = pixelwise.accumulate(low, ctx.guided, guide=z, valid=valid)
+        if _wants_formula(grad):
+            differentiable = torch.is_grad_enabled()
+            with torch.enable_grad():
+                sums, _ = pixelwise.accumulate(z, ctx.problem, valid=valid, weigh=ctx.weigh)
+                low_sums, _ = pixelwise.accumulate(low, ctx.guided, guide=z, valid=valid)
             slope, low_slope = torch.autograd.grad(
-                (sums, low_sums), (z, low), (grad, low_grad), create_graph=True
+                (sums, low_sums), (z, low), (grad, low_grad), create_graph=differentiable
             )
         else:
             if slopes is None:
