@@ -101,7 +101,8 @@ def sweep(
     weights: of the bins (images, bins), or of the pixels (images, *spatial) if `per_pixel`,
     which also asks for phi.
     """
-    return _sweep(z, problem, guide, labels, valid, weights, per_pixel, None)[0]
+    work = _Pass(z, problem, guide, labels, valid, weights, per_pixel)
+    return work.run()
 
 
 def sweep_both(
@@ -117,109 +118,149 @@ def sweep_both(
 
     One pass, in which the probabilities of the former are computed once for both.
     """
-    low_swept, swept = _sweep(low, problem, z, None, valid, weights, False, own)
-    assert swept is not None
-    return swept, low_swept
+    work = _Pass(low, problem, z, valid=valid, weights=weights, own=own)
+    low_swept = work.run()
+    return work.own_swept(), low_swept
 
 
-def _sweep(
-    z: Tensor,
-    problem: Problem,
-    guide: Tensor | None,
-    labels: Tensor | None,
-    valid: Tensor | None,
-    weights: Tensor | None,
-    per_pixel: bool,
-    own: Own | None,
-) -> tuple[Swept, Swept | None]:
-    classes = 2 if problem.binary else z.shape[1]
-    labelled = isinstance(problem.potential, Label)
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    shape = (len(z), *(z.shape[2:] if problem.size is None else problem.size))
-    predicts = labels is None and (problem.by_class or not isinstance(problem.potential, Tsallis))
-    sloped = weights is not None
-    # Nothing but the largest logits is wanted.
-    looks = problem.potential is None and problem.threshold is None and labels is None
-    tensors = [z] if guide is None else [z, guide]
-    # A prediction from probabilities that are still wanted takes a buffer of its own.
-    spares = 2 if labelled and predicts and guide is None else 1
-    # Full-resolution logits that are only looked at need no buffer.
-    buffers = spares if looks and problem.size is None else spares + len(tensors)
-    heads = _heads(tensors, problem, dtype, buffers, (sloped, own is not None))
-    source = heads[0]
+class _Pass:
+    """One pass over all pixels: what it is given, and what it has found."""
 
-    bins = classes if problem.by_class else 1
-    sums = z.new_zeros(len(z), 1 if sloped else bins, dtype=torch.float64)
-    counts = z.new_zeros(len(z), bins, dtype=torch.long)
-    own_sums = torch.zeros_like(sums[:, :1])
-    y_map = phi_map = None
-    y_dtype = index_dtype(classes) if looks else torch.long
-    if predicts and not sloped:
-        y_map = z.new_empty(shape, dtype=index_dtype(classes))
-    if per_pixel and not sloped:
-        phi_map = z.new_empty(shape, dtype=dtype)
-    # Made once: fresh memory for every block would cost more than the arithmetic on it.
-    spare_buffers = [torch.empty_like(source.buffer) for _ in range(spares)]
-    y_rows, phi_rows, label_rows, own_rows, valid_rows = (
-        None if pixels is None else _rows(pixels, source.length)
-        for pixels in (y_map, phi_map, labels, own and own.labels, valid)
-    )
-    if weights is not None:
-        weights = weights.to(dtype)
-        weights = _rows(weights, source.length) if per_pixel else weights
+    def __init__(
+        self,
+        z: Tensor,
+        problem: Problem,
+        guide: Tensor | None = None,
+        labels: Tensor | None = None,
+        valid: Tensor | None = None,
+        weights: Tensor | None = None,
+        per_pixel: bool = False,
+        own: Own | None = None,
+    ) -> None:
+        potential, classes = problem.potential, 2 if problem.binary else z.shape[1]
+        self.problem, self.classes, self.per_pixel, self.own = problem, classes, per_pixel, own
+        self.dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+        self.predicts = labels is None and (problem.by_class or not isinstance(potential, Tsallis))
+        self.sloped = weights is not None
+        # Nothing but the largest logits is wanted.
+        self.looks = potential is None and problem.threshold is None and labels is None
 
-    order = range(len(source.slices))
-    if sloped and problem.size is None:
-        # Backwards: what a pass before this one has read last may still be in a cache.
-        order = order[::-1]
-    for n in range(len(z) if math.prod(shape) else 0):
-        for head in heads:
-            head.start(n)
-        for k in order:
-            x, *guides = (head.look(k) if looks else head.load(k) for head in heads)
-            spare, other = (spare_buffers[i][: x.numel()].view_as(x) for i in (0, -1))
-            counted = None if valid_rows is None else source.pixels(valid_rows, k)
-            pixels = _Pixels(None, counted, False)
-            if label_rows is not None:
-                pixels = _given(source.pixels(label_rows, k), pixels, problem, classes)
-            if pixels.counted is not None and not looks:
-                for logits in (x, *guides):
-                    logits.masked_fill_(~pixels.counted.unsqueeze(1), 0)
+        tensors = [z] if guide is None else [z, guide]
+        # A prediction from probabilities that are still wanted takes a buffer of its own.
+        spares = 2 if isinstance(potential, Label) and self.predicts and guide is None else 1
+        # Full-resolution logits that are only looked at need no buffer.
+        buffers = spares if self.looks and problem.size is None else spares + len(tensors)
+        sloped = self.sloped, own is not None
+        self.heads = _heads(tensors, problem, self.dtype, buffers, sloped)
+        self.source = self.heads[0]
+        # Made once: fresh memory for every block would cost more than the arithmetic on it.
+        self.spares = [torch.empty_like(self.source.buffer) for _ in range(spares)]
 
-            if own is not None:
-                own_pixels = pixels
-                if own_rows is not None:
-                    own_pixels = _given(source.pixels(own_rows, k), pixels, own.problem, classes)
-                p, log_p = _probabilities(guides[0], own.problem, spare)
-                spare = spare if p is guides[0] else guides[0]
-                own_w = own.weights[n].to(dtype)
-                _settle(heads[1], k, p, log_p, own_pixels, own.problem, own_w, own_sums[n], spare)
-                guides = [p]
-            elif guides and problem.from_logits:
-                guides = [torch.softmax(guides[0], 1, out=guides[0])]
+        shape = (len(z), *(z.shape[2:] if problem.size is None else problem.size))
+        self.images = len(z) if math.prod(shape) else 0
+        bins = classes if problem.by_class else 1
+        self.sums = z.new_zeros(len(z), 1 if self.sloped else bins, dtype=torch.float64)
+        self.counts = z.new_zeros(len(z), bins, dtype=torch.long)
+        self.own_sums = torch.zeros_like(self.sums[:, :1])
+        self.y = self.phi = None
+        if self.predicts and not self.sloped:
+            self.y = z.new_empty(shape, dtype=index_dtype(classes))
+        if per_pixel and not self.sloped:
+            self.phi = z.new_empty(shape, dtype=self.dtype)
+        self.weights = None if weights is None else weights.to(self.dtype)
+        self.maps = {
+            name: _rows(pixels, self.source.length)
+            for name, pixels in {
+                "y": self.y,
+                "phi": self.phi,
+                "labels": labels,
+                "own labels": own and own.labels,
+                "valid": valid,
+                "weights": self.weights if per_pixel else None,
+            }.items()
+            if pixels is not None
+        }
 
-            p = log_p = x
-            if predicts and problem.threshold is None:
-                pixels = pixels._replace(y=_argmax(p, spare, y_dtype))
-            if problem.potential is not None or problem.threshold is not None:
-                p, log_p = _probabilities(p, problem, spare)
-            if predicts and problem.threshold is not None:
-                pixels = _confident(p, guides, pixels, problem.threshold, other)
-            if y_rows is not None:
-                source.pixels(y_rows, k).copy_(pixels.narrow())
-            if not (sloped and problem.by_class):
-                _count(counts[n], x[:, 0], pixels)
-            if problem.potential is not None:
-                w = None
-                if weights is not None:
-                    w = source.pixels(weights, k) if per_pixel else weights[n]
-                phi = _settle(source, k, p, log_p, pixels, problem, w, sums[n], spare)
-                if phi_rows is not None:
-                    source.pixels(phi_rows, k).copy_(phi)
-        for head in heads:
-            head.finish()
-    swept = Swept(sums.to(dtype), counts, y_map, phi_map, source.slope)
-    return swept, own and Swept(own_sums.to(dtype), own.counts, None, None, heads[1].slope)
+    def run(self) -> Swept:
+        """What is found of the first head."""
+        order = range(len(self.source.slices))
+        if self.sloped and self.problem.size is None:
+            # Backwards: what a pass before this one has read last may still be in a cache.
+            order = order[::-1]
+        for n in range(self.images):
+            for head in self.heads:
+                head.start(n)
+            for k in order:
+                self._do_block(n, k)
+            for head in self.heads:
+                head.finish()
+        return Swept(self.sums.to(self.dtype), self.counts, self.y, self.phi, self.source.slope)
+
+    def own_swept(self) -> Swept:
+        """What was found of a guide with a problem of its own."""
+        assert self.own is not None
+        own_sums = self.own_sums.to(self.dtype)
+        return Swept(own_sums, self.own.counts, None, None, self.heads[1].slope)
+
+    def _do_block(self, n: int, k: int) -> None:
+        problem, sums = self.problem, self.sums[n]
+        x, *guides = (head.look(k) if self.looks else head.load(k) for head in self.heads)
+        spare, other = (self.spares[i][: x.numel()].view_as(x) for i in (0, -1))
+        pixels = _Pixels(None, self._map("valid", k), False)
+        labels = self._map("labels", k)
+        if labels is not None:
+            pixels = _given(labels, pixels, problem, self.classes)
+        if pixels.counted is not None and not self.looks:
+            for logits in (x, *guides):
+                logits.masked_fill_(~pixels.counted.unsqueeze(1), 0)
+
+        if self.own is not None:
+            p, spare = self._do_own(n, k, guides[0], spare, pixels)
+            guides = [p]
+        elif guides and problem.from_logits:
+            guides = [torch.softmax(guides[0], 1, out=guides[0])]
+
+        p = log_p = x
+        if self.predicts and problem.threshold is None:
+            y_dtype = index_dtype(self.classes) if self.looks else torch.long
+            pixels = pixels._replace(y=_argmax(p, spare, y_dtype))
+        if problem.potential is not None or problem.threshold is not None:
+            p, log_p = _probabilities(p, problem, spare)
+        if self.predicts and problem.threshold is not None:
+            pixels = _confident(p, guides, pixels, problem.threshold, other)
+
+        y, phi = self._map("y", k), self._map("phi", k)
+        if y is not None:
+            y.copy_(pixels.narrow())
+        if not (self.sloped and problem.by_class):
+            _count(self.counts[n], x[:, 0], pixels)
+        if problem.potential is not None:
+            w = self._map("weights", k)
+            if self.weights is not None and w is None:
+                w = self.weights[n]
+            found = _settle(self.source, k, p, log_p, pixels, problem, w, sums, spare)
+            if phi is not None:
+                phi.copy_(found)
+
+    def _do_own(
+        self, n: int, k: int, x: Tensor, spare: Tensor, pixels: _Pixels
+    ) -> tuple[Tensor, Tensor]:
+        """Settle the guide's own problem; its probabilities, and a buffer that is spare then."""
+        own, labels = self.own, self._map("own labels", k)
+        assert own is not None
+        if labels is not None:
+            pixels = _given(labels, pixels, own.problem, self.classes)
+        p, log_p = _probabilities(x, own.problem, spare)
+        spare = spare if p is x else x
+        w = own.weights[n].to(self.dtype)
+        sums = self.own_sums[n]
+        _settle(self.heads[1], k, p, log_p, pixels, own.problem, w, sums, spare)
+        return p, spare
+
+    def _map(self, name: str, k: int) -> Tensor | None:
+        """Block k of a map of the pixels, if there is one."""
+        rows = self.maps.get(name)
+        return None if rows is None else self.source.pixels(rows, k)
 
 
 def _settle(
