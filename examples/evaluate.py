@@ -9,13 +9,13 @@ published code, which holds weights alone, gets the settings of its GTA5 to City
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 from PIL import Image
 from rich.console import Console
@@ -26,7 +26,7 @@ from uda.datasets import Kind
 from uda.deeplab import Aspp
 from uda.errors import UserError
 from uda.evaluation import evaluate, predict
-from uda.loading import load_network
+from uda.loading import choose_device, load_network
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,19 @@ class Options:
     workers: int = 2
     """Processes that load images; 0 loads them in this process."""
 
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UserError(f"--workers must not be negative, not {self.workers}.")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        run(report.command_line(Options, arguments), Console())
-    except (UserError, OSError) as error:
-        print(f"error: {report.sentence(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return report.exit_code(lambda: run(report.command_line(Options, arguments), Console()))
 
 
 def run(options: Options, console: Console) -> None:
     if options.out and options.out.exists() and any(options.out.iterdir()):
         raise UserError(f"--out {options.out} is not empty: choose another folder.")
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(options.device)
     network, s = load_network(
         options.checkpoint,
         data_root=options.data_root,
@@ -100,6 +97,7 @@ def run(options: Options, console: Console) -> None:
         normalize=options.normalize,
         full_labels=True,
     )
+    pictures = picture_files(dataset, options.out) if options.out else []
     # One by one, because label files of one data set may differ in size.
     loader = DataLoader(dataset, batch_size=1, num_workers=options.workers)
     height, width = s.target_size
@@ -129,14 +127,34 @@ def run(options: Options, console: Console) -> None:
             f"{scores.mean_accuracy:.1f}, mean precision {scores.mean_precision:.1f}"
         )
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         with report.progress_bar(console) as progress:
             task = progress.add_task("writing predictions", total=len(dataset), note="")
-            for image, labels, name in loader:
+            for (image, labels, _), file in zip(loader, pictures, strict=True):
                 classes = predict(network, image.to(device), labels.shape[-2:], flip=options.flip)
                 picture = plots.colorize(classes[0].argmax(dim=0).cpu(), dataset.space)
-                Image.fromarray(picture).save(options.out / f"{name[0]}.png")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(file)
                 progress.advance(task)
+
+
+def picture_files(dataset: datasets.SegmentationDataset, out: Path) -> list[Path]:
+    """Where the prediction for each image goes: a file with the image's name.
+
+    Where images of several folders have one name, they go into folders of the same names.
+    """
+    images = [image for image, _ in dataset.pairs]
+    files = [out / f"{image.stem}.png" for image in images]
+    if len(set(files)) < len(set(images)):
+        shared = os.path.commonpath([image.parent for image in images])
+        files = [out / image.relative_to(shared).with_suffix(".png") for image in images]
+    first: dict[Path, Path] = {}
+    for image, file in zip(images, files, strict=True):
+        if first.setdefault(file, image) != image:
+            raise UserError(
+                f"{image} and {first[file]} would both have their predictions in {file}: rename "
+                "one of them."
+            )
+    return files
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ before the network has learnt from it. No source image is needed.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,28 +43,31 @@ class Options:
     lr: float = 1e-3
     """Learning rate of BatchNorm's scales and shifts; 0 adapts the statistics alone."""
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be positive, not {self.batch_size}.")
+        if not 0 <= self.lr < math.inf:
+            raise UserError(f"--lr must be a number from 0 on, not {self.lr}.")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    console = Console()
-    try:
-        options = report.command_line(Options, arguments)
-        network, s = load_network(options.checkpoint, data_root=options.data_root)
-        if s.data_root is None:
-            raise UserError("The checkpoint does not say where its data are: give --data-root.")
-        stream = datasets.open_dataset(
-            s.target, s.data_root / s.target_folder, "val", classes=s.classes, size=s.target_size
-        )
-        loader = DataLoader(stream, batch_size=options.batch_size)
-        with console.status("as trained"):
-            before = evaluate(network, loader, stream.space, flip=False)
-        with console.status("adapting to the stream"):
-            after = adapt(network, loader, stream.space, options.lr)
-        columns = {"as trained": before, "adapting": after}
-        console.print(report.scores_table(columns, "A stream of target images"))
-    except (UserError, OSError) as error:
-        print(f"error: {report.sentence(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return report.exit_code(lambda: run(report.command_line(Options, arguments), Console()))
+
+
+def run(options: Options, console: Console) -> None:
+    network, s = load_network(options.checkpoint, data_root=options.data_root)
+    if s.data_root is None:
+        raise UserError("The checkpoint does not say where its data are: give --data-root.")
+    stream = datasets.open_dataset(
+        s.target, s.data_root / s.target_folder, "val", classes=s.classes, size=s.target_size
+    )
+    loader = DataLoader(stream, batch_size=options.batch_size)
+    with console.status("as trained"):
+        before = evaluate(network, loader, stream.space, flip=False)
+    with console.status("adapting to the stream"):
+        after = adapt(network, loader, stream.space, options.lr)
+    columns = {"as trained": before, "adapting": after}
+    console.print(report.scores_table(columns, "A stream of target images"))
 
 
 def adapt(network: nn.Module, loader: DataLoader, space: datasets.LabelSpace, lr: float) -> Scores:
@@ -79,6 +83,8 @@ def adapt(network: nn.Module, loader: DataLoader, space: datasets.LabelSpace, lr
     for images, labels, _ in loader:
         size = images.shape[-2:]
         logits, _ = network(images)
+        if not logits.isfinite().all():
+            raise UserError(f"The network diverges with --lr {lr}: give a smaller one.")
         optimizer.zero_grad()
         loss(logits, size=size, align_corners=True).backward()
         optimizer.step()

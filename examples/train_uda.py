@@ -20,30 +20,35 @@ no target labels cannot choose so: the results called "adapted" are those after 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from rich.console import Console
+from rich.progress import Progress
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import maxsquare
 from uda import adaptation, checkpoint, deeplab, loading, outputs, report
-from uda.datasets import SegmentationDataset
+from uda.datasets import Sample, SegmentationDataset
 from uda.errors import UserError
 from uda.evaluation import evaluate
 from uda.presets import COMPARED, PRESETS, Settings
 from uda.results import write_results
 
 SOURCE_ONLY = "source-only"
-# The list of presets is not squeezed into a narrower terminal.
-PRESETS_WIDTH = 150
+# Where several machines meet, and which of them this one is.
+MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+# The list of presets is not squeezed into a narrower terminal: no line of it is longer.
+PRESETS_WIDTH = 170
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,15 @@ class Job:
     target: SegmentationDataset
     validation: SegmentationDataset
 
+    @property
+    def share(self) -> dict[str, int]:
+        """Which part of every batch is this process's."""
+        return {"rank": self.fabric.global_rank, "world": self.fabric.world_size}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    console = Console()
-    try:
+    def script() -> None:
+        console = Console()
         settings = parse(arguments)
         if settings.list_presets:
             console = Console(width=max(console.width, PRESETS_WIDTH))
@@ -69,13 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             loading.check_data(settings, console)
         else:
             run(settings, console)
-    except (UserError, OSError) as error:
-        print(f"error: {report.sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped: the same options with --out and --resume go on from here.", file=sys.stderr)
-        return 130
-    return 0
+
+    return report.exit_code(
+        script, stopped="Stopped: the same options with --out and --resume go on from here."
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> Settings:
@@ -85,7 +92,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     class Chosen:
         preset: str = Settings.preset
 
-    chosen, _ = tyro.cli(Chosen, args=arguments, return_unknown_args=True, add_help=False)
+    chosen, _ = report.command_line(Chosen, arguments, return_unknown_args=True, add_help=False)
     if chosen.preset not in PRESETS:
         raise UserError(f"There is no --preset {chosen.preset}: --list-presets shows all of them.")
     return report.command_line(Settings, arguments, default=PRESETS[chosen.preset].settings)
@@ -98,11 +105,20 @@ def run(settings: Settings, console: Console) -> None:
             "one first with --source-steps."
         )
     out = outputs.run_folder(settings)
-    fabric = start_fabric(settings)
     settings = replace(settings, out=out, data_root=settings.data_root or out / "data")
+    # What can be wrong shows in every process, before they wait for each other and before a
+    # folder is made in which the corrected command would find a run.
+    data = None
+    if settings.scenes:
+        loading.check_scenes(settings)
+    else:
+        data = loading.open_data(settings)
+    if settings.init and not resumes(settings, out / SOURCE_ONLY):
+        loading.load_init(loading.build_network(settings), settings)
+    fabric = start_fabric(settings)
     if fabric.is_global_zero:
         out.mkdir(parents=True, exist_ok=True)
-        outputs.write_json(out / "settings.json", outputs.as_json(settings))
+        outputs.write_json(out / outputs.SETTINGS, outputs.as_json(settings))
         console.print(f"Writing to {out}")
         if settings.scenes:
             with report.progress_bar(console) as progress:
@@ -114,7 +130,7 @@ def run(settings: Settings, console: Console) -> None:
     else:
         console.quiet = True
     fabric.barrier()
-    job = Job(settings, fabric, console, *loading.open_data(settings))
+    job = Job(settings, fabric, console, *(data or loading.open_data(settings)))
 
     source_only = train(job, SOURCE_ONLY, out / SOURCE_ONLY, settings.source_steps)
     if settings.method == "all":
@@ -133,14 +149,13 @@ def run(settings: Settings, console: Console) -> None:
 
 
 def start_fabric(settings: Settings) -> Fabric:
-    gpus = torch.cuda.device_count()
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if gpus else "cpu"
-    if device == "cuda" and gpus < settings.processes:
+    device = loading.choose_device(settings.device, settings.processes)
+    launched = SLURMEnvironment.detect() or TorchElasticEnvironment.detect()
+    unset = [name for name in MEETING_POINT if name not in os.environ]
+    if settings.machines > 1 and unset and not launched:
         raise UserError(
-            f"--device cuda needs {settings.processes} GPU(s) for --processes "
-            f"{settings.processes} and finds {gpus}: choose --device cpu or fewer processes."
+            f"--machines {settings.machines} needs {', '.join(unset)} in the environment, else "
+            "the machines wait for each other forever: set what --help says."
         )
     together = settings.processes * settings.machines > 1
     fabric = Fabric(
@@ -155,19 +170,22 @@ def start_fabric(settings: Settings) -> Fabric:
     return fabric
 
 
-def train(
-    job: Job, stage: str, folder: Path, steps: int, *, start: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """One stage, the source stage or the adaptation by one method; returns its last state.
+def resumes(settings: Settings, folder: Path) -> bool:
+    """Whether a stage goes on from its own last checkpoint."""
+    return settings.resume and (folder / "last.pt").is_file()
 
-    Weights come from the stage's own last checkpoint when a run is resumed, else from `start` (the
-    source model), else from --init, else they are random.
-    """
+
+def train(
+    job: Job, name: str, folder: Path, steps: int, *, start: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One stage, the source stage or the adaptation by one method; returns its last state."""
     s, fabric = job.settings, job.fabric
-    on_source = stage == SOURCE_ONLY
+    on_source = name == SOURCE_ONLY
     lr, horizon = (s.source_lr, s.source_horizon) if on_source else (s.lr, s.steps)
     methods = adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight)
-    target_loss = None if on_source else methods[stage]
+    target_loss = None if on_source else methods[name]
+    both_heads = on_source or isinstance(target_loss, maxsquare.MultiLevelLoss)
+    options = {"low_weight": s.low_weight if both_heads else 0.0, "backward": fabric.backward}
     folder.mkdir(parents=True, exist_ok=True)
 
     fabric.seed_everything(s.seed, verbose=False)
@@ -177,80 +195,18 @@ def train(
         momentum=s.momentum,
         weight_decay=s.weight_decay,
     )
-    # All there is to a run between two steps: what save writes and what resuming reads.
-    state: dict[str, Any] = {
-        "stage": stage,
-        "network": s.network,
-        "classes": s.classes,
-        "settings": outputs.as_json(s),
-        "step": 0,
-        "seconds": 0.0,
-        "confusion": None,
-        "best": None,
-    }
-    if s.resume and (folder / "last.pt").is_file():
-        expect = {name: state[name] for name in ("stage", "network", "classes")}
-        state = checkpoint.load(folder / "last.pt", expect=expect)
-        network.load_state_dict(state["model"])
-        checkpoint.restore_random_state(state["random"])
-    elif start is not None:
-        network.load_state_dict(start)
-    elif s.init is not None:
-        has_heads = deeplab.load_weights(network, s.init)
-        if not has_heads and not s.source_steps:
-            raise UserError(f"--init {s.init} has no classifier: train one with --source-steps.")
-
+    state = begin(s, name, folder, network, start)
     if s.channels_last:
         network.to(memory_format=torch.channels_last)
     model, stepper = fabric.setup(torch.compile(network) if s.compile else network, optimizer)
     if "optimizer" in state:  # momentum goes where the weights are, so only now
         optimizer.load_state_dict(state["optimizer"])
     model.train()
-    first, share = state["step"], {"rank": fabric.global_rank, "world": fabric.world_size}
-    # The adaptation reads on in the source where the source stage stopped.
-    offset = 0 if on_source else s.source_steps
-    source_batches = loading.batches(
-        job.source, s, offset + first, offset + steps, stream=0, **share
-    )
-    target_batches = loading.batches(job.target, s, first, steps, stream=1, **share)
-    if target_loss is None:
-        target_batches = [None] * (steps - first)
-    both_heads = on_source or isinstance(target_loss, maxsquare.MultiLevelLoss)
-    options = {"low_weight": s.low_weight if both_heads else 0.0, "backward": fabric.backward}
 
-    started = time.perf_counter() - state["seconds"]
-    log = SummaryWriter(str(folder), purge_step=first) if fabric.is_global_zero else None
-    progress = report.progress_bar(job.console)
-
-    def save(name: str) -> None:
-        state["seconds"] = time.perf_counter() - started
-        state["model"], state["optimizer"] = network.state_dict(), optimizer.state_dict()
-        state["random"] = checkpoint.random_state()
-        if fabric.is_global_zero:
-            checkpoint.save(folder / name, state)
-
-    def assess() -> None:
-        loader = loading.validation_loader(job.validation, s, **share)
-        task = progress.add_task("evaluation", total=len(loader.dataset), note="")
-        with fabric.autocast():
-            scores = evaluate(
-                network,
-                loader,
-                job.validation.space,
-                device=fabric.device,
-                on_progress=lambda images: progress.advance(task, images),
-            )
-        progress.remove_task(task)
-        state["confusion"] = scores.confusion
-        if log:
-            log.add_scalar("validation/miou", scores.miou, state["step"])
-        if state["best"] is None or scores.miou > state["best"]["miou"]:
-            state["best"] = {"step": state["step"], **report.entry(scores)}
-            save("best.pt")
-
-    with progress:
-        bar = progress.add_task(stage, total=steps, completed=first, note="")
-        for source, target in zip(source_batches, target_batches, strict=True):
+    with report.progress_bar(job.console) as progress:
+        stage = Stage(job, folder, network, optimizer, state, progress)
+        bar = progress.add_task(name, total=steps, completed=state["step"], note="")
+        for source, target in batch_pairs(job, state["step"], steps, on_source, target_loss):
             rate = adaptation.poly_lr(state["step"], horizon, lr)
             adaptation.set_learning_rate(optimizer, rate)
             images, labels = fabric.to_device((source.image, source.labels))
@@ -273,23 +229,130 @@ def train(
             assesses = last or (not on_source and step % s.evaluate_every == 0)
             saves = assesses or step % s.save_every == 0
             if saves or step % s.log_every == 0:
-                values = {name: value.item() for name, value in losses._asdict().items()}
+                values = {term: value.item() for term, value in losses._asdict().items()}
                 if not all(map(math.isfinite, values.values())):
                     rate_option = "--source-lr" if on_source else "--lr"
                     raise UserError(f"Losses at step {step} are {values}: lower {rate_option}.")
                 progress.update(bar, note=report.losses(values))
-                for name, value in (values | {"lr": rate}).items() if log else ():
-                    log.add_scalar(f"train/{name}", value, step)
+                logged = values | {"lr": rate}
+                stage.log({f"train/{term}": value for term, value in logged.items()})
             if assesses:
-                assess()
+                stage.assess()
             if saves:
-                save("last.pt")
+                stage.save("last.pt")
         if state["confusion"] is None:  # a stage of no steps: the weights it was given
-            assess()
-            save("last.pt")
-    if log:
-        log.close()
+            stage.assess()
+            stage.save("last.pt")
+    stage.close()
     return state
+
+
+def begin(
+    s: Settings,
+    name: str,
+    folder: Path,
+    network: deeplab.DeepLabV2,
+    start: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Give the network of a stage its weights; returns the state from which the stage goes on.
+
+    Weights come from the stage's own last checkpoint when a run is resumed, else from `start` (the
+    source model), else from --init, else they are random.
+    """
+    # With weights, momentum and random generators, which `Stage.save` adds, all there is to a run
+    # between two steps.
+    state: dict[str, Any] = {
+        "stage": name,
+        "network": s.network,
+        "classes": s.classes,
+        "settings": outputs.as_json(s),
+        "step": 0,
+        "seconds": 0.0,
+        "confusion": None,
+        "best": None,
+    }
+    if resumes(s, folder):
+        expect = {entry: state[entry] for entry in ("stage", "network", "classes")}
+        needs = (*state, "model", "optimizer", "random")
+        state = checkpoint.load(folder / "last.pt", expect=expect, needs=needs)
+        network.load_state_dict(state["model"])
+        checkpoint.restore_random_state(state["random"])
+    elif start is not None:
+        network.load_state_dict(start)
+    elif s.init is not None:
+        loading.load_init(network, s)
+    return state
+
+
+def batch_pairs(
+    job: Job, first: int, steps: int, on_source: bool, target_loss: nn.Module | None
+) -> Iterator[tuple[Sample, Sample | None]]:
+    """The source and target batches of the steps that are left; None where no target is read."""
+    s = job.settings
+    # The adaptation reads on in the source where the source stage stopped.
+    offset = 0 if on_source else s.source_steps
+    source = loading.batches(job.source, s, offset + first, offset + steps, stream=0, **job.share)
+    target: Iterable[Sample | None] = [None] * (steps - first)
+    if target_loss is not None:
+        target = loading.batches(job.target, s, first, steps, stream=1, **job.share)
+    return zip(source, target, strict=True)
+
+
+class Stage:
+    """What a stage under way writes: checkpoints of its state, evaluations and the log."""
+
+    def __init__(
+        self,
+        job: Job,
+        folder: Path,
+        network: deeplab.DeepLabV2,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        progress: Progress,
+    ) -> None:
+        self.job, self.folder, self.progress = job, folder, progress
+        self.network, self.optimizer, self.state = network, optimizer, state
+        self.started = time.perf_counter() - state["seconds"]
+        self.writer = None
+        if job.fabric.is_global_zero:
+            self.writer = SummaryWriter(str(folder), purge_step=state["step"])
+
+    def save(self, name: str) -> None:
+        self.state["seconds"] = time.perf_counter() - self.started
+        self.state["model"] = self.network.state_dict()
+        self.state["optimizer"] = self.optimizer.state_dict()
+        self.state["random"] = checkpoint.random_state()
+        if self.job.fabric.is_global_zero:
+            checkpoint.save(self.folder / name, self.state)
+
+    def assess(self) -> None:
+        """Score the network on the validation images, and keep the best one so far."""
+        job, state, progress = self.job, self.state, self.progress
+        loader = loading.validation_loader(job.validation, job.settings, **job.share)
+        task = progress.add_task("evaluation", total=len(loader.dataset), note="")
+        with job.fabric.autocast():
+            scores = evaluate(
+                self.network,
+                loader,
+                job.validation.space,
+                device=job.fabric.device,
+                on_progress=lambda images: progress.advance(task, images),
+            )
+        progress.remove_task(task)
+        state["confusion"] = scores.confusion
+        self.log({"validation/miou": scores.miou})
+        if state["best"] is None or scores.miou > state["best"]["miou"]:
+            state["best"] = {"step": state["step"], **report.entry(scores)}
+            self.save("best.pt")
+
+    def log(self, values: Mapping[str, float]) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, self.state["step"])
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
 
 
 if __name__ == "__main__":

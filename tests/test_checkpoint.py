@@ -75,6 +75,25 @@ def test_a_half_written_file_is_refused(kept: float, tmp_path: Path) -> None:
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_file_with_damaged_bytes_is_refused_or_read(zipped: bool, tmp_path: Path) -> None:
+    path, draw = tmp_path / "last.pt", random.Random(0)
+    torch.save(STATE | {"model": {"w": torch.arange(9.0)}}, path,
+               _use_new_zipfile_serialization=zipped)  # fmt: skip
+    content, refused = path.read_bytes(), 0
+    for _ in range(500):
+        damaged = bytearray(content)
+        # The first bytes hold the pickle, where damage can mean anything.
+        damaged[draw.randrange(400)] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            assert isinstance(checkpoint.read(path), dict)
+        except UserError as refusal:
+            assert str(refusal).startswith(str(path))
+            refused += 1
+    assert refused > 50
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x89PNG\r\n\x1a\n"])
 def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(content)
@@ -116,6 +135,13 @@ def test_a_checkpoint_of_another_run_is_refused(
     checkpoint.save(tmp_path / "last.pt", STATE)
     with pytest.raises(UserError, match=message):
         checkpoint.load(tmp_path / "last.pt", expect=expect)
+
+
+def test_a_checkpoint_without_a_needed_entry_is_refused(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "last.pt", STATE)
+    assert checkpoint.load(tmp_path / "last.pt", needs=["model", "step"])["step"] == 3
+    with pytest.raises(UserError, match=r"last\.pt is no checkpoint .* no entry 'random'"):
+        checkpoint.load(tmp_path / "last.pt", needs=["model", "random"])
 
 
 def test_the_random_state_survives_a_checkpoint(tmp_path: Path) -> None:

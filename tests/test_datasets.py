@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +205,24 @@ def test_truncated_file_is_named(trees: Path, part: str, kept: float) -> None:
     assert dataset[1].name == "00002"
 
 
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_file_whose_header_claims_a_huge_picture_is_named(trees: Path, part: str) -> None:
+    path = trees / "GTA5" / part / "00001.png"
+    content = path.read_bytes()
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + content[24:29]
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    dataset = datasets.open_dataset("gta5", trees / "GTA5", "train", size=SIZE)
+    with pytest.raises(UserError, match=r"cannot be read \(Image size") as refusal:
+        dataset[0]
+    assert str(path) in str(refusal.value)
+
+
+def test_list_file_that_is_no_text_is_named(trees: Path) -> None:
+    (trees / "GTA5" / "list" / "train.txt").write_bytes(b"\xff\xfe0\x00")
+    with pytest.raises(UserError, match=r"list/train\.txt cannot be read"):
+        datasets.open_dataset("gta5", trees / "GTA5", "train")
+
+
 @pytest.mark.parametrize(
     ("kind", "root", "label", "unknown"),
     [
@@ -252,7 +272,13 @@ def test_split_without_published_labels_says_so() -> None:
     [
         ("gta5", "nowhere", "train", {}, r"nowhere does not exist: check --data-root"),
         ("gta5", "SYNTHIA", "train", {}, r"images.*does not exist"),
-        ("cityscapes", "Cityscapes", "test", {}, r"leftImg8bit/test does not exist"),
+        (
+            "cityscapes",
+            "Cityscapes",
+            "test",
+            {},
+            r"leftImg8bit/test does not exist: .* split 'test'",
+        ),
         ("cross-city", "NTHU/Rome", "dusk", {}, r"'dusk'"),
         ("kitti", "GTA5", "train", {}, r"kind 'kitti': choose one of gta5"),
         ("gta5", "GTA5", "train", {"classes": 20}, r"20 classes: choose 19, 16 or 13"),

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from uda.datasets import LABEL_SPACES, LabelSpace, Sample
+from uda.errors import UserError
 from uda.evaluation import Scores, evaluate, predict
 
 # Where a class of 13 stands among the 16 of SYNTHIA.
@@ -125,6 +126,15 @@ def test_scores_equal_the_official_cityscapes_evaluator(tmp_path: Path) -> None:
     assert scores.miou == pytest.approx(100 * wanted["averageScoreClasses"])
     for name, iou in scores.per_class.items():
         assert iou == pytest.approx(100 * wanted["classScores"][name]), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_not_finite_get_no_score(value: float) -> None:
+    model = Pooled(19)
+    with torch.no_grad():
+        model.weight[3] = value
+    with pytest.raises(UserError, match="not finite"):
+        evaluate(model, random_batches(19), LABEL_SPACES[19])
 
 
 def test_flip_averages_the_probabilities_of_the_mirror_image() -> None:

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,7 +25,8 @@ import evaluate
 import minimal_loop
 import test_time_adaptation
 import train_uda
-from uda import checkpoint, loading, outputs, scenes
+from uda import checkpoint, loading, outputs, report, scenes
+from uda.datasets import LABEL_SPACES
 from uda.errors import UserError
 from uda.presets import COMPARED, PRESETS, Settings
 
@@ -210,8 +213,8 @@ def test_every_published_row_is_a_preset() -> None:
 def test_list_presets_prints_published_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_uda.main(["--list-presets"]) == 0
     out = capsys.readouterr().out
-    for name in PRESETS:
-        assert name in out
+    rows = [line.split()[0] for line in out.splitlines() if line.strip(" ─")]
+    assert rows == ["preset", *PRESETS]
     assert "46.4" in out
 
 
@@ -231,7 +234,52 @@ def test_options_override_the_preset() -> None:
 
 def test_settings_survive_json() -> None:
     for preset in PRESETS.values():
-        assert outputs.from_json(outputs.as_json(preset.settings)) == preset.settings
+        settings = replace(preset.settings, out=Path("out"), init=Path("init.pt"))
+        assert outputs.from_json(outputs.as_json(settings)) == settings
+
+
+def test_settings_of_other_versions_are_understood() -> None:
+    content = outputs.as_json(Settings(lr=0.5)) | {"of a later version": 1}
+    del content["aspp"], content["data_root"], content["source_size"]
+    assert outputs.from_json(content) == Settings(lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ([], "list"),
+        ("text", "str"),
+        ({"classes": "19"}, "--classes"),
+        ({"classes": True}, "--classes"),
+        ({"network": None}, "--network"),
+        ({"target_size": [32]}, "--target-size"),
+        ({"target_size": "large"}, "--target-size"),
+        ({"target_folder": 5}, "--target-folder"),
+        ({"data_root": 5}, "--data-root"),
+        ({"lr": "fast"}, "--lr"),
+        ({"lr": math.nan}, "--lr"),
+        ({"batch_size": 2.5}, "--batch-size"),
+    ],
+)
+def test_checkpoint_with_unusable_settings_is_refused(
+    damage: Any, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = outputs.as_json(Settings()) | damage if isinstance(damage, dict) else damage
+    checkpoint.save(tmp_path / "odd.pt", {"settings": settings, "model": {}})
+    for script in (evaluate, test_time_adaptation):
+        assert script.main([str(tmp_path / "odd.pt")]) == 2
+        message = only_sentence(capsys)
+        assert "odd.pt holds settings" in message and named in message
+
+
+def test_weights_without_names_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint.save(tmp_path / "odd.pt", {"model": {7: torch.zeros(1)}})
+    assert evaluate.main([str(tmp_path / "odd.pt")]) == 2
+    assert "odd.pt holds no weights" in only_sentence(capsys)
+    assert train(tmp_path / "run", tmp_path, "--init", str(tmp_path / "odd.pt")) == 2
+    assert "odd.pt holds no weights" in only_sentence(capsys)
 
 
 # Data order
@@ -311,7 +359,7 @@ MOMENTS = {
     "in an evaluation": (train_uda, "evaluate", 1),
     "between the stages": (train_uda.adaptation, "adaptation_step", 1),
     "in the adaptation": (train_uda.adaptation, "adaptation_step", 3),
-    "while a checkpoint is written": (checkpoint.os, "fsync", 3),
+    "while a checkpoint is written": (checkpoint.os, "fsync", 4),
     "between best and last": (checkpoint.os, "replace", 7),
     "before the report": (train_uda, "write_results", 1),
 }
@@ -372,6 +420,52 @@ def test_resume_refuses_other_settings(
     assert files(finished) == before
 
 
+@pytest.mark.parametrize("content", ["", "{", "null", "[]", "\udcff"])
+def test_resume_names_damaged_settings(
+    content: str, tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "settings.json").write_bytes(content.encode(errors="surrogateescape"))
+    (tmp_path / "last.pt").write_bytes(b"")
+    before = files(tmp_path)
+    assert train(tmp_path, data_root, "--resume") == 2
+    assert "settings.json is damaged" in only_sentence(capsys)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "entry", ["model", "optimizer", "random", "step", "seconds", "confusion", "best", "stage"]
+)
+@pytest.mark.parametrize("stage", [train_uda.SOURCE_ONLY, "."])
+def test_resume_names_what_a_checkpoint_lacks(
+    stage: str,
+    entry: str,
+    tmp_path: Path,
+    data_root: Path,
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    state = checkpoint.load(run / stage / "last.pt")
+    del state[entry]
+    checkpoint.save(run / stage / "last.pt", state)
+    before = {name: content for name, content in files(run).items() if name.endswith(".pt")}
+    assert train(run, data_root, "--resume") == 2
+    message = only_sentence(capsys)
+    assert "last.pt" in message and repr(entry) in message
+    assert before.items() <= files(run).items()
+
+
+def test_a_kill_while_json_is_written_leaves_the_old_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "settings.json"
+    outputs.write_json(path, {"lr": 1})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, checkpoint.os, "fsync", 1)
+        outputs.write_json(path, {"lr": 2})
+    assert outputs.read_json(path) == {"lr": 1}
+
+
 # Bad input
 
 
@@ -381,7 +475,14 @@ def test_resume_refuses_other_settings(
         (["--preset", "nonsense"], "--preset nonsense"),
         (["--batch-size", "0"], "--batch-size"),
         (["--source-size", "0", "4"], "--source-size"),
+        (["--source-size", "1", "1"], "--source-size"),
+        (["--target-size", "32", "7"], "--target-size"),
         (["--seed", "-1"], "--seed"),
+        (["--seed", "99999999999"], "--seed"),
+        (["--lr", "nan"], "--lr"),
+        (["--target-weight", "nan"], "--target-weight"),
+        (["--weight-decay", "inf"], "--weight-decay"),
+        (["--machines", "2"], "MASTER_ADDR"),
         (["--batch-size", "3", "--processes", "2"], "--processes"),
         (["--batch-size", "5"], "--batch-size 5"),
         (["--source-steps", "0"], "--init"),
@@ -407,27 +508,118 @@ def test_bad_option_is_refused_in_one_sentence(
     given = [] if "--check-data" in options else ["--data-root", str(data_root)]
     assert train_uda.main([*TINY, *given, *options]) == 2
     assert named in only_sentence(capsys)
-    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", [["--method", "nonsense"], ["--nonsense"], ["--lr", "fast"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "nonsense"],
+        ["--nonsense"],
+        ["--lr", "fast"],
+        ["--preset"],
+        ["--preset", "--lr"],
+    ],
+)
 def test_unparsable_command_line_is_refused(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     assert train_uda.main(options) == 2
-    assert options[0] in only_sentence(capsys)
+    message = only_sentence(capsys)
+    assert options[0] in message
+    assert message.isascii()  # nothing is left of the parser's box
     assert not list(tmp_path.iterdir())
 
 
 def test_cuda_without_gpu_is_refused(
-    tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, data_root: Path, finished: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert train(tmp_path / "run", data_root, "--device", "cuda") == 2
     assert "--device cuda" in only_sentence(capsys)
+    assert not (tmp_path / "run").exists()
+    assert evaluate.main([str(finished / "last.pt"), "--device", "cuda"]) == 2
+    assert "--device cuda" in only_sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--init", "nope.pt"], "nope.pt"),
+        (["--scenes", "0", "--data-root", "nope"], "nope"),
+        (["--data-root", "foreign"], "foreign"),
+        (["--data-root", "file"], "file"),
+        (["--scenes", "6"], "scenes of other settings"),
+        (["--batch-size", "5"], "--batch-size"),
+    ],
+)
+def test_a_typo_leaves_the_folder_free(
+    options: list[str],
+    named: str,
+    tmp_path: Path,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign" / "GTA5").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    assert train(tmp_path / "run", data_root, *options) == 2
+    assert named in only_sentence(capsys)
+    assert train_uda.main([*TINY, "--data-root", str(data_root), *options]) == 2
+    assert named in only_sentence(capsys)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_start_that_was_aborted_leaves_the_folder_free(
+    tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "settings.json.partial").write_text("{")
+    (tmp_path / "settings.json").write_text("{")
+    steps = ["--source-steps", "1", "--steps", "0"]
+    assert train(tmp_path, data_root, *steps) == 0
+    assert outputs.read_json(tmp_path / "settings.json")["source_steps"] == 1
+    before = files(tmp_path)
+    assert train(tmp_path, data_root, *steps) == 2
+    assert "--resume" in only_sentence(capsys)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device."),
+        (OSError(13, "Permission denied", "x.png"), "x.png: Permission denied."),
+        (OSError("the reason"), "the reason"),
+        (OSError(), "OSError"),
+        (UserError("a\nb\nuda.errors.UserError: the reason"), "the reason"),
+    ],
+)
+def test_every_error_becomes_a_sentence(error: Exception, told: str) -> None:
+    assert report.sentence(error) == told
+
+
+@pytest.mark.parametrize(
+    ("script", "step"),
+    [(train_uda, "run"), (evaluate, "load_network"), (test_time_adaptation, "load_network")],
+)
+def test_ctrl_c_ends_a_script_in_one_sentence(
+    script: ModuleType,
+    step: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, step, stopped)
+    assert script.main([] if script is train_uda else ["last.pt"]) == 130
+    message = capsys.readouterr().err
+    assert message.startswith("Stopped") and message.count("\n") == 1
 
 
 def test_occupied_folder_is_refused_and_untouched(
@@ -535,7 +727,7 @@ def test_full_disk_keeps_the_last_checkpoint(
     def fsync(_: int) -> None:
         nonlocal saves
         saves += 1
-        if saves == 2:
+        if saves == 3:  # the first is of settings.json
             raise full
 
     saves = 0
@@ -578,6 +770,61 @@ def test_evaluate_repeats_the_score_of_the_run(
         assert image.size == (SIZE[1], SIZE[0])
     assert evaluate.main([str(finished / "last.pt"), "--out", str(out)]) == 2
     assert str(out) in only_sentence(capsys)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """The root of a `folder` data set with one image name in two folders."""
+    root = tmp_path / "Own"
+    for name in "ab":
+        for part, gray in (("images", 90), ("labels", 7)):
+            file = root / part / "val" / name / "x.png"
+            file.parent.mkdir(parents=True)
+            Image.new("L", (SIZE[1], SIZE[0]), gray).save(file)
+    names = dict(enumerate(LABEL_SPACES[19].names))
+    (root / "label_map.json").write_text(json.dumps(names))
+    return root
+
+
+def test_evaluate_keeps_the_folders_of_images_with_one_name(
+    tmp_path: Path, finished: Path, folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pictures"
+    data = ["--data-root", str(tmp_path), "--target", "folder", "--target-folder", folders.name]
+    options = [str(finished / "last.pt"), *data, "--workers", "0", "--out", str(out)]
+    assert evaluate.main(options) == 0
+    assert files(out).keys() == {os.path.join("a", "x.png"), os.path.join("b", "x.png")}
+    shutil.rmtree(out)
+    images = folders / "images" / "val"
+    shutil.copy(images / "a" / "x.png", images / "a" / "x.jpg")
+    capsys.readouterr()
+    assert evaluate.main(options) == 2
+    assert "x.jpg" in only_sentence(capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "named"),
+    [
+        (evaluate, ["--workers", "-1"], "--workers"),
+        (evaluate, ["--target-size", "1", "1"], "--target-size"),
+        (evaluate, ["--split", "dusk"], "'dusk'"),
+        (test_time_adaptation, ["--batch-size", "0"], "--batch-size"),
+        (test_time_adaptation, ["--batch-size", "-2"], "--batch-size"),
+        (test_time_adaptation, ["--lr", "-1"], "--lr"),
+        (test_time_adaptation, ["--lr", "nan"], "--lr"),
+        (test_time_adaptation, ["--lr", "inf"], "--lr"),
+    ],
+)
+def test_bad_option_of_the_other_scripts_is_refused(
+    script: ModuleType,
+    options: list[str],
+    named: str,
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert script.main([str(finished / "last.pt"), *options]) == 2
+    assert named in only_sentence(capsys)
 
 
 def test_evaluate_questions_a_score_near_chance(

@@ -129,6 +129,14 @@ def test_other_settings_and_other_data_are_not_overwritten(tmp_path: Path) -> No
     assert not contents(tmp_path / "real")
 
 
+@pytest.mark.parametrize("content", ["", "{", "null", "[]"])
+def test_a_damaged_note_of_the_settings_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "scenes.json").write_text(content)
+    with pytest.raises(UserError, match=r"scenes\.json is damaged"):
+        scenes.render(tmp_path, **TINY)
+    assert contents(tmp_path) == {"scenes.json": content.encode()}
+
+
 def test_a_full_disk_leaves_whole_files_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,17 +7,19 @@ without running code from the file (``weights_only``), so a file from anywhere i
 from __future__ import annotations
 
 import os
-import pickle
 import random
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from uda.errors import UserError
 
+# What a file is called while it is being written.
+PARTIAL = ".partial"
 # Older checkpoints hold their best score as a NumPy number; these names rebuild it, nothing else.
 _scalar = np.float64(0).__reduce__()[0]
 NUMPY_NUMBERS = [
@@ -29,16 +31,21 @@ NUMPY_NUMBERS = [
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` so that `path` holds either its old content or all of the new one.
+    """Write `state` as a checkpoint; whole or not at all, as `write` does."""
+    write(path, lambda file: torch.save(dict(state), file))
+
+
+def write(path: Path, content: Callable[[BinaryIO], object]) -> None:
+    """Let `content` write a file so that `path` holds either its old content or all of the new one.
 
     Raises:
-        UserError: the file cannot be written, for example because the disk is full; an older
-            checkpoint of that name is still there.
+        UserError: the file cannot be written, for example because the disk is full; an older file
+            of that name is still there.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     try:
         with partial.open("wb") as file:
-            torch.save(dict(state), file)
+            content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -51,21 +58,25 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         ) from error
 
 
-def load(path: Path, *, expect: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def load(
+    path: Path, *, expect: Mapping[str, Any] | None = None, needs: Iterable[str] = ()
+) -> dict[str, Any]:
     """Read a checkpoint that `save` wrote.
 
     Args:
         path: the file.
         expect: entries that must be in the checkpoint with just these values, such as
             ``{"architecture": "small", "classes": 19}``.
+        needs: entries that must be there with any value.
 
     Raises:
         UserError: the file is missing, half-written, or of another kind, or differs from `expect`.
     """
-    state = read(path)
-    for name, wanted in (expect or {}).items():
+    state, expect = read(path), expect or {}
+    for name in (*expect, *needs):
         if name not in state:
             raise UserError(f"{path} is no checkpoint of this script: it has no entry {name!r}")
+    for name, wanted in expect.items():
         if state[name] != wanted:
             raise UserError(
                 f"{path} was written with {name} = {state[name]}, but this run has {name} = "
@@ -77,9 +88,12 @@ def load(path: Path, *, expect: Mapping[str, Any] | None = None) -> dict[str, An
 def read(path: Path) -> dict[str, Any]:
     """The dictionary in any file that ``torch.save`` wrote, on the CPU; UserError if none is."""
     try:
-        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+        with torch.serialization.safe_globals(NUMPY_NUMBERS), warnings.catch_warnings():
+            # What torch finds odd about a file is no use beside the one sentence of the refusal.
+            warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    # A damaged byte can make the unpickler run into anything, an IndexError or a KeyError as well.
+    except Exception as error:
         raise UserError(
             f"{path} cannot be read as a checkpoint ({_reason(error)}); give a complete file "
             "written by torch.save"

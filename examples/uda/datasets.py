@@ -51,6 +51,8 @@ IMAGENET_STD_RGB = (0.229, 0.224, 0.225)
 
 # The value of "not counted" in the 8-bit label images between file and sample (there: -1).
 _IGNORED = 255
+# What Pillow raises about a file, or about the size that its header claims.
+_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 
 
@@ -347,7 +349,7 @@ def _cityscapes_pairs(root: Path, split: str) -> list[Pair]:
     list_file = root.parent / "city_list" / f"{split}.txt"
     names = _listed(list_file)
     if names is None:
-        paths = [path for path in _images(folder) if path.stem.endswith("_leftImg8bit")]
+        paths = [path for path in _images(folder, split) if path.stem.endswith("_leftImg8bit")]
     else:
         stems = [name.removeprefix(f"{split}_") for name in names]
         paths = [folder / stem.split("_")[0] / f"{stem}_leftImg8bit.png" for stem in stems]
@@ -439,12 +441,16 @@ def _color(c: int, classes: int) -> tuple[int, int, int]:
 
 
 def _listed(path: Path) -> list[str] | None:
-    return path.read_text().split() if path.is_file() else None
+    try:
+        return path.read_text().split() if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise UserError(_unreadable("list file", path, error)) from error
 
 
-def _images(folder: Path) -> list[Path]:
+def _images(folder: Path, split: str | None = None) -> list[Path]:
     if not folder.is_dir():
-        raise UserError(f"The data folder {folder} does not exist: check --data-root.")
+        part = "" if split is None else f" and split {split!r}"
+        raise UserError(f"The data folder {folder} does not exist: check --data-root{part}.")
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
 
 
@@ -476,7 +482,7 @@ def _read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except _DAMAGED as error:
         raise UserError(_unreadable("image", path, error)) from error
 
 
@@ -492,7 +498,7 @@ def _read_ids(path: Path) -> np.ndarray:
             return np.asarray(image.getchannel(0))
     except FileNotFoundError as error:
         raise UserError(f"The label file {path} does not exist: restore it.") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except _DAMAGED as error:
         raise UserError(_unreadable("label file", path, error)) from error
 
 

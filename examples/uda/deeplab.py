@@ -161,9 +161,6 @@ def load_weights(model: DeepLabV2, path: Path) -> bool:
     own = model.state_dict()
     is_checkpoint = any(key.startswith("layer6.") for key in weights)
     if not is_checkpoint:
-        if is_torchvision:
-            std = torch.tensor(TORCHVISION_STD).view(1, 3, 1, 1)
-            weights["conv1.weight"] = (weights["conv1.weight"] / (255 * std)).flip(1)
         weights = {key: w for key, w in weights.items() if not key.startswith(("fc.", *HEADS))}
 
     wanted = [key for key in own if is_checkpoint or not key.startswith(HEADS)]
@@ -182,6 +179,9 @@ def load_weights(model: DeepLabV2, path: Path) -> bool:
                 f"{path} does not fit this network: it {problem} {listed}; "
                 "give weights of the same architecture and number of classes"
             )
+    if is_torchvision and not is_checkpoint:
+        std = torch.tensor(TORCHVISION_STD).view(1, 3, 1, 1)
+        weights["conv1.weight"] = (weights["conv1.weight"] / (255 * std)).flip(1)
     model.load_state_dict(weights, strict=False)
     return is_checkpoint
 
@@ -190,7 +190,11 @@ def _tensors(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     for wrapper in ("model", "state_dict"):
         if isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    weights = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
     if len(weights) < len(content) or not weights:
         raise UserError(
             f'{path} holds no weights, neither itself nor under "model" or "state_dict"'

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from uda.datasets import LabelSpace, Sample
+from uda.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -100,22 +101,34 @@ def evaluate(
 
     In a distributed run each process scores its own share of the images, and every process
     returns the scores of all of them.
+
+    Raises:
+        UserError: the model's outputs are not finite, so that their largest means nothing.
     """
     matrix = MulticlassConfusionMatrix(len(space.names), ignore_index=-1, validate_args=False)
     matrix = matrix.to(device)
     was_training = model.training
     model.eval()
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for images, labels, _ in loader:
         images, labels = images.to(device), labels.to(device)
         if size is not None:
             labels = F.interpolate(labels[:, None].float(), size, mode="nearest-exact")
             labels = labels[:, 0].long()
         probabilities = predict(model, images, tuple(labels.shape[-2:]), flip=flip)
+        finite &= probabilities.isfinite().all()
         matrix.update(probabilities.argmax(dim=1), labels)
         if on_progress is not None:
             on_progress(len(images))
     model.train(was_training)
-    return Scores(matrix.compute().cpu(), tuple(space.names))
+    confusion = matrix.compute().cpu()
+    # Read but once, because that synchronises, and after what all processes take part in.
+    if not finite:
+        raise UserError(
+            "The network's outputs are not finite: give other weights, or train these with a "
+            "lower learning rate."
+        )
+    return Scores(confusion, tuple(space.names))
 
 
 @torch.no_grad()

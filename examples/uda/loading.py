@@ -23,17 +23,24 @@ from uda.report import data_table, progress_bar
 SCENES_SEED = 0
 
 
+def check_scenes(s: Settings) -> None:
+    """Refuse a data root that holds anything but the scenes of these settings; writes nothing."""
+    scenes.check(s.data_root, **_scenes_of(s))
+
+
 def render_scenes(s: Settings, on_progress: Progress) -> None:
     """Draw the demo's data sets into the data root, as far as they are not there yet."""
-    scenes.render(
-        s.data_root,
-        seed=SCENES_SEED,
-        train=s.scenes,
-        val=max(s.scenes // 4, 1),
-        size=s.target_size,
-        source_size=s.source_size,
-        on_progress=on_progress,
-    )
+    scenes.render(s.data_root, **_scenes_of(s), on_progress=on_progress)
+
+
+def _scenes_of(s: Settings) -> dict[str, Any]:
+    return {
+        "seed": SCENES_SEED,
+        "train": s.scenes,
+        "val": max(s.scenes // 4, 1),
+        "size": s.target_size,
+        "source_size": s.source_size,
+    }
 
 
 def open_data(
@@ -108,10 +115,30 @@ def _loader(
     )
 
 
+def choose_device(wanted: str, processes: int = 1) -> str:
+    """ "cpu" or "cuda"; UserError if there are not as many GPUs as processes that need one."""
+    gpus = torch.cuda.device_count()
+    device = wanted if wanted != "auto" else "cuda" if gpus else "cpu"
+    if device == "cuda" and gpus < processes:
+        fewer = "" if processes == 1 else f" for --processes {processes}"
+        raise UserError(
+            f"--device cuda needs {processes} GPU(s){fewer} and finds {gpus}: choose --device cpu"
+            f"{' or fewer processes' if fewer else ''}."
+        )
+    return device
+
+
 def build_network(s: Settings) -> deeplab.DeepLabV2:
     """The network of a run, with random weights."""
     make = deeplab.deeplab_small if s.network == "small" else deeplab.deeplab_resnet101
     return make(s.classes, aspp=s.aspp, freeze_bn=s.freeze_bn)
+
+
+def load_init(network: deeplab.DeepLabV2, s: Settings) -> None:
+    """Give a network the weights of --init."""
+    has_heads = deeplab.load_weights(network, s.init)
+    if not has_heads and not s.source_steps:
+        raise UserError(f"--init {s.init} has no classifier: train one with --source-steps.")
 
 
 def load_network(path: Path, **changes: Any) -> tuple[deeplab.DeepLabV2, Settings]:
@@ -121,7 +148,13 @@ def load_network(path: Path, **changes: Any) -> tuple[deeplab.DeepLabV2, Setting
     not None replace settings.
     """
     settings = checkpoint.read(path).get("settings")
-    s = from_json(settings) if settings else Settings()
+    try:
+        s = Settings() if settings is None else from_json(settings)
+    except UserError as error:
+        raise UserError(
+            f"{path} holds settings that this script cannot use ({str(error).rstrip('.')}): give "
+            "another checkpoint."
+        ) from error
     s = replace(s, **{name: value for name, value in changes.items() if value is not None})
     network = build_network(s)
     if not deeplab.load_weights(network, path):

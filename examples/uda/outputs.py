@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from uda import checkpoint
 from uda.errors import UserError
 from uda.presets import Settings, option
 
+SETTINGS = "settings.json"
+# What a start that failed before its first step leaves behind: nothing that is worth keeping.
+ABORTED_START = frozenset({SETTINGS, SETTINGS + checkpoint.PARTIAL})
 # A resumed run may differ in these settings from the run it continues, and in no others.
 FREE_ON_RESUME = frozenset(
     {"out", "resume", "data_root", "device", "workers", "log_every", "save_every"}
@@ -19,7 +23,7 @@ FREE_ON_RESUME = frozenset(
 
 
 def run_folder(settings: Settings) -> Path:
-    """The folder that this run may write to: new, empty, or holding the run to be resumed.
+    """The folder that this run may write to: new, without a run, or holding the one to be resumed.
 
     Nothing is created or changed yet.
     """
@@ -34,21 +38,21 @@ def run_folder(settings: Settings) -> Path:
     folder = settings.out
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file: choose a new folder.")
-    occupied = folder.is_dir() and any(folder.iterdir())
+    occupied = folder.is_dir() and any(path.name not in ABORTED_START for path in folder.iterdir())
     if occupied and not settings.resume:
         raise UserError(
             f"--out {folder} is not empty: choose another folder, or continue its run with "
             "--resume."
         )
     if settings.resume:
-        _refuse_other_settings(folder / "settings.json", settings)
+        _refuse_other_settings(folder / SETTINGS, settings)
     return folder
 
 
 def _refuse_other_settings(path: Path, settings: Settings) -> None:
     if not path.is_file():
         raise UserError(f"--resume finds no run to continue, {path} does not exist: check --out.")
-    earlier, now = json.loads(path.read_text()), as_json(settings)
+    earlier, now = read_json(path), as_json(settings)
     for name in sorted(now.keys() - FREE_ON_RESUME):
         if earlier.get(name) != now[name]:
             raise UserError(
@@ -62,18 +66,62 @@ def as_json(settings: Settings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
 
 
-def from_json(content: Mapping[str, Any]) -> Settings:
-    """The inverse of `as_json`."""
-    values = dict(content)
-    for name in ("out", "init", "data_root"):
-        values[name] = values[name] and Path(values[name])
-    for name in ("source_size", "target_size"):
-        values[name] = tuple(values[name])
+def from_json(content: object) -> Settings:
+    """The inverse of `as_json`, for settings of other versions too.
+
+    What is missing has its default, and what no longer exists is left out.
+
+    Raises:
+        UserError: these are no settings, or one has a value that it cannot have.
+    """
+    if not isinstance(content, Mapping):
+        raise UserError(f"they are a {type(content).__name__}, not names with values")
+    values = {}
+    for name, hint in get_type_hints(Settings).items():
+        if name not in content:
+            continue
+        value = content[name]
+        if isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, str) and Path in get_args(hint):
+            value = Path(value)
+        if not _fits(value, hint):
+            raise UserError(f"{option(name)} cannot be {content[name]!r}")
+        values[name] = value
     return Settings(**values)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of the type that `Settings` gives to a setting."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, choice) for choice in arguments)
+    if kind is tuple:
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(arguments)
+            and all(map(_fits, value, arguments))
+        )
+    # Not isinstance, for which True and False are numbers.
+    if hint in (int, float):
+        return type(value) in (int, hint)
+    return isinstance(value, hint)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file that `write_json` wrote; UserError if there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): restore it or remove it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it holds no object): restore it or remove it.")
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `path` so that it never holds half a document."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    text = json.dumps(content, indent=2) + "\n"
+    checkpoint.write(path, lambda file: file.write(text.encode()))

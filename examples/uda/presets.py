@@ -7,6 +7,7 @@ is an instance of it, and a run writes it beside its results.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,6 +22,11 @@ Method = Literal[
 ]
 # What "all" runs.
 COMPARED = tuple(method for method in get_args(Method) if method != "all")
+# NumPy's generators and Fabric take no larger one.
+LARGEST_SEED = 2**32 - 1
+# The network's stride: from here on its logits have two positions along a side, and BatchNorm
+# something to average even where a batch is one image.
+SMALLEST_SIDE = 8
 
 
 @dataclass(frozen=True)
@@ -135,20 +141,32 @@ class Settings:
     """Steps between two evaluations during the adaptation, from which best.pt is chosen."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{option(field.name)} must be a finite number, not {value}.")
+        for name in ("source_size", "target_size"):
+            height, width = getattr(self, name)
+            if min(height, width) < SMALLEST_SIDE:
+                raise UserError(
+                    f"{option(name)} {height} {width} is too small for the network: take at least "
+                    f"{SMALLEST_SIDE} pixels each way."
+                )
         positive = (
-            "source_size target_size source_horizon source_lr lr batch_size processes machines "
-            "log_every save_every evaluate_every"
+            "source_horizon source_lr lr batch_size processes machines log_every save_every "
+            "evaluate_every"
         )
         for name in positive.split():
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,)) <= 0:
-                raise UserError(f"{option(name)} must be positive, not {value}.")
+            if getattr(self, name) <= 0:
+                raise UserError(f"{option(name)} must be positive, not {getattr(self, name)}.")
         not_negative = (
             "seed scenes source_steps steps momentum weight_decay target_weight low_weight workers"
         )
         for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise UserError(f"{option(name)} must not be negative, not {getattr(self, name)}.")
+        if self.seed > LARGEST_SEED:
+            raise UserError(f"--seed must be at most {LARGEST_SEED}, not {self.seed}.")
         for name in ("ratio", "threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{option(name)} must be from 0 to 1, not {getattr(self, name)}.")
@@ -156,6 +174,11 @@ class Settings:
             raise UserError(
                 f"--batch-size {self.batch_size} does not divide among --processes "
                 f"{self.processes} on each of --machines {self.machines}: make it a multiple."
+            )
+        if 0 < self.scenes < self.batch_size:
+            raise UserError(
+                f"--batch-size {self.batch_size} is more than the images of --scenes "
+                f"{self.scenes}: choose a smaller batch."
             )
         if self.source_horizon < self.source_steps:
             raise UserError(

@@ -7,7 +7,8 @@ import importlib.metadata
 import io
 import itertools
 import platform
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -151,16 +152,31 @@ def command_line(form: type[T], arguments: Sequence[str] | None, **how: Any) -> 
             line.strip("│ ") for line in complaint.getvalue().splitlines()[1 if boxed else 2 :]
         ]
         lines = [line.strip("│ ") for line in lines]
-        told = itertools.takewhile(lambda line: line.strip("─-"), lines)
+        told = itertools.takewhile(lambda line: line.strip("─-╰╯"), lines)
         raise UserError(f"{' '.join(told).rstrip('.')}: --help explains every option.") from None
 
 
 def sentence(error: Exception) -> str:
     """An error in one sentence."""
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror}."
     # An error in a loader process arrives behind that process's traceback.
-    return str(error).strip().splitlines()[-1].removeprefix("uda.errors.UserError: ")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].removeprefix("uda.errors.UserError: ")
+
+
+def exit_code(script: Callable[[], object], *, stopped: str = "Stopped before the end.") -> int:
+    """Run a script; what its user can repair, or did with Ctrl-C, becomes a sentence on stderr."""
+    try:
+        script()
+    except (UserError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130
+    return 0
 
 
 def losses(values: Mapping[str, float]) -> str:

@@ -42,6 +42,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from uda.datasets import CITYSCAPES_CLASSES, Progress
 from uda.errors import UserError
+from uda.outputs import read_json
 
 Color = tuple[float, float, float]
 Point = tuple[float, float, float]
@@ -1612,14 +1613,7 @@ def render(
     """
     root = Path(root)
     source_size = source_size or (size[0] * 9 // 8, size[1])
-    settings = {
-        "grammar": _GRAMMAR,
-        "seed": seed,
-        "train": train,
-        "val": val,
-        "size": [*size],
-        "source_size": [*source_size],
-    }
+    settings = _settings(seed, train, val, size, source_size)
     jobs = _jobs(root, seed, train, val, size, source_size)
     try:
         _claim(root, settings)
@@ -1639,24 +1633,59 @@ def render(
         ) from error
 
 
+def check(
+    root: str | Path,
+    *,
+    seed: int,
+    train: int,
+    val: int,
+    size: tuple[int, int],
+    source_size: tuple[int, int],
+) -> None:
+    """Raise the UserError of a `render` into a folder that holds other data; writes nothing."""
+    _holds(Path(root), _settings(seed, train, val, size, source_size))
+
+
+def _settings(
+    seed: int, train: int, val: int, size: tuple[int, int], source_size: tuple[int, int]
+) -> dict[str, object]:
+    """What decides every picture of a data set, as its folder notes it."""
+    return {
+        "grammar": _GRAMMAR,
+        "seed": seed,
+        "train": train,
+        "val": val,
+        "size": [*size],
+        "source_size": [*source_size],
+    }
+
+
 def _claim(root: Path, settings: dict[str, object]) -> None:
     """Note in the folder what it holds, or refuse a folder that holds something else."""
+    if not _holds(root, settings):
+        root.mkdir(parents=True, exist_ok=True)
+        _replace(root / _MARKER, lambda part: part.write_text(json.dumps(settings)))
+
+
+def _holds(root: Path, settings: dict[str, object]) -> bool:
+    """Whether the folder is noted to hold these scenes; UserError if it holds something else."""
     marker = root / _MARKER
     if marker.is_file():
-        if json.loads(marker.read_text()) != settings:
+        if read_json(marker) != settings:
             raise UserError(
                 f"{root} holds scenes of other settings (see {marker}): choose another folder or "
                 "remove this one."
             )
-        return
+        return True
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root} is a file: choose a folder for the scenes.")
     for name in ("GTA5", "Cityscapes"):
         if (root / name).exists():
             raise UserError(
                 f"{root / name} exists and was not rendered by this program: choose another "
                 "folder for the scenes."
             )
-    root.mkdir(parents=True, exist_ok=True)
-    _replace(marker, lambda part: part.write_text(json.dumps(settings)))
+    return False
 
 
 def _jobs(
