@@ -312,9 +312,9 @@ def claim(folder: Path, task: Task, options: Options) -> None:
         "seeds": options.seeds,
         "versions": report.versions(),
     }
-    path = folder / "settings.json"
+    path = settings_path(folder)
     if path.is_file():
-        earlier = flat(json.loads(path.read_text())["settings"])
+        earlier = flat(read_settings(folder)["settings"])
         for name, value in flat(settings).items():
             if earlier.get(name) != value:
                 raise UserError(
@@ -338,10 +338,30 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def settings_path(folder: Path) -> Path:
+    return folder / "settings.json"
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    return read(settings_path(folder), ("settings", "environment"), "choose another --work")
+
+
 def read_runs(folder: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
     for path in sorted(folder.glob("seed*.json")):
-        result = json.loads(path.read_text())
+        entries = ("run", "score", "per_class", "seconds")
+        result = read(path, entries, "remove it, and its run is made again")
         yield Run(*result["run"]), result
+
+
+def read(path: Path, entries: Iterable[str], remedy: str) -> dict[str, Any]:
+    """What was written there, if it is whole."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:  # neither JSON nor perhaps text
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= {*entries}:
+        raise UserError(f"{path} is damaged: {remedy}.")
+    return content
 
 
 # Worker processes
@@ -428,10 +448,9 @@ def execute(run: Run) -> dict[str, Any]:
 
 def load(folder: Path) -> tuple[dict[str, Any], Finished]:
     """What the runs in a folder were started with, and their results; all must be finished."""
-    path = folder / "settings.json"
-    if not path.is_file():
+    if not settings_path(folder).is_file():
         raise UserError(f"{folder} holds no runs: check --work.")
-    started_with = json.loads(path.read_text())
+    started_with = read_settings(folder)
     settings = started_with["settings"]
     finished = dict(read_runs(folder))
     total = total_runs(settings["weights"], settings["seeds"])
@@ -581,65 +600,20 @@ def short(value: float | None) -> str:
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """The tables with what one must know to read them."""
-    rows, seeds, score = summary["rows"], summary["seeds"], summary["score"]
-    label = {name: row.label for name, row in ROWS.items()}
-    differences = {(d["row"], d["against"]): d for d in summary["differences"]}
-    equalised = {d["row"]: d for d in summary["differences_with_target_statistics"]}
-
-    results = [
-        (
-            label[name],
-            number(row["weight"], "g"),
-            f"**{row['mean']:.1f}**",
-            ", ".join(f"{value:.1f}" for value in row["scores"]),
-            compared(differences.get((name, SOURCE_ONLY)), seeds),
-            compared(differences.get((name, CONTROL)), seeds),
-        )
-        for name, row in rows.items()
-    ]
-    steps = [(text, compared(differences[pair], seeds)) for pair, text in STEPS.items()]
-    explained = [
-        (
-            label[name],
-            f"{row['mean']:.1f}",
-            number(mean(row["scores_with_target_statistics"]), ".1f"),
-            compared(equalised.get(name), seeds),
-            number(row["confidence"], ".1f"),
-            number(row["classes_predicted"], "d"),
-        )
-        for name, row in rows.items()
-    ]
-    tuning = [
-        (
-            label[method],
-            *(
-                f"{weight:g}: " + (f"**{value:.2f}**" if weight == t["chosen"] else f"{value:.2f}")
-                for weight, value in zip(t["weights"], t["scores"], strict=True)
-            ),
-            "yes" if t["at_the_edge"] else "no",
-        )
-        for method, t in summary["tuning"].items()
-    ]
-    grid = range(1, 1 + max(len(t["weights"]) for t in summary["tuning"].values()))
-    per_class = [
-        (c, *(number(row["per_class"][c], ".1f") for row in rows.values()))
-        for c in rows[SOURCE_ONLY]["per_class"]
-    ]
+    score, environment = summary["score"], summary["environment"]
     sections = [
         f"# {QUESTION}",
-        f"`{summary['command']}`: {cases.name_of(summary['environment'])}, "
+        f"`{summary['command']}`: {cases.name_of(environment)}, "
         f"{summary['seconds_of_all_runs'] / 60:.0f} minutes of computing in "
-        f"{summary['environment']['workers']} processes.",
+        f"{environment['workers']} processes.",
         "\n".join(f"- {name}: {text}" for name, text in summary["base"].items()),
-        f"{score[0].upper()}{score[1:]}, seeds 0 to {seeds - 1}. Differences are paired: all rows "
-        "of a seed start from one source model and see the same images. Each has its 95% "
-        "confidence interval (Student's t over seeds, not corrected for the number of comparisons) "
-        "and the seeds won.",
-        table(
-            ("", "weight", "mean", "seeds", "less source only", "less source, continued"), results
-        ),
+        f"{score[0].upper()}{score[1:]}, seeds 0 to {summary['seeds'] - 1}. Differences are "
+        "paired: all rows of a seed start from one source model and see the same images. Each has "
+        "its 95% confidence interval (Student's t over seeds, not corrected for the number of "
+        "comparisons) and the seeds won.",
+        results_table(summary),
         "## Step by step",
-        table(("", "difference"), steps),
+        steps_table(summary),
         'The rows named "Multi, …" are about the optimiser: "published" updates backbone tensors '
         "three or four times per step, all other rows do so once. Their weight is the one chosen "
         'for "once".',
@@ -647,26 +621,103 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "Score as it is, and after BatchNorm's statistics were taken from target training images, "
         "which leaves what the losses taught the weights; mean confidence (%); classes predicted "
         f"on at least {GIVEN_UP_BELOW}% of the pixels.",
-        table(
-            (
-                "",
-                "mean",
-                "with target statistics",
-                "less source, continued, with them",
-                "confidence",
-                "classes",
-            ),
-            explained,
-        ),
+        models_table(summary),
         "## Choice of the weights",
         f"By the labels of the target's validation images, on seed {TUNING_SEED}, which is not "
         "reported; the same for all methods. Bold: chosen.",
-        table(("", *(f"weight {i}: score" for i in grid), "at the edge"), tuning),
+        tuning_table(summary),
         "## Per class",
         f"{score}, mean over seeds.",
-        table(("", *label.values()), per_class),
+        per_class_table(summary),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def results_table(summary: Mapping[str, Any]) -> str:
+    differences, seeds = pairs(summary), summary["seeds"]
+    return table(
+        ("", "weight", "mean", "seeds", "less source only", "less source, continued"),
+        [
+            (
+                ROWS[name].label,
+                number(row["weight"], "g"),
+                f"**{row['mean']:.1f}**",
+                ", ".join(f"{value:.1f}" for value in row["scores"]),
+                compared(differences.get((name, SOURCE_ONLY)), seeds),
+                compared(differences.get((name, CONTROL)), seeds),
+            )
+            for name, row in summary["rows"].items()
+        ],
+    )
+
+
+def steps_table(summary: Mapping[str, Any]) -> str:
+    differences, seeds = pairs(summary), summary["seeds"]
+    return table(
+        ("", "difference"),
+        [(text, compared(differences[pair], seeds)) for pair, text in STEPS.items()],
+    )
+
+
+def models_table(summary: Mapping[str, Any]) -> str:
+    equalised = {d["row"]: d for d in summary["differences_with_target_statistics"]}
+    return table(
+        (
+            "",
+            "mean",
+            "with target statistics",
+            "less source, continued, with them",
+            "confidence",
+            "classes",
+        ),
+        [
+            (
+                ROWS[name].label,
+                f"{row['mean']:.1f}",
+                number(mean(row["scores_with_target_statistics"]), ".1f"),
+                compared(equalised.get(name), summary["seeds"]),
+                number(row["confidence"], ".1f"),
+                number(row["classes_predicted"], "d"),
+            )
+            for name, row in summary["rows"].items()
+        ],
+    )
+
+
+def tuning_table(summary: Mapping[str, Any]) -> str:
+    tuning = summary["tuning"]
+    grid = range(1, 1 + max(len(t["weights"]) for t in tuning.values()))
+    return table(
+        ("", *(f"weight {i}: score" for i in grid), "at the edge"),
+        [
+            (
+                ROWS[method].label,
+                *(
+                    f"{weight:g}: "
+                    + (f"**{value:.2f}**" if weight == t["chosen"] else f"{value:.2f}")
+                    for weight, value in zip(t["weights"], t["scores"], strict=True)
+                ),
+                "yes" if t["at_the_edge"] else "no",
+            )
+            for method, t in tuning.items()
+        ],
+    )
+
+
+def per_class_table(summary: Mapping[str, Any]) -> str:
+    rows = summary["rows"]
+    return table(
+        ("", *(ROWS[name].label for name in rows)),
+        [
+            (c, *(number(row["per_class"][c], ".1f") for row in rows.values()))
+            for c in rows[SOURCE_ONLY]["per_class"]
+        ],
+    )
+
+
+def pairs(summary: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, float]]:
+    """The differences by the rows that they compare."""
+    return {(d["row"], d["against"]): d for d in summary["differences"]}
 
 
 def number(value: float | None, form: str) -> str:
@@ -688,7 +739,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def plot(summary: Mapping[str, Any]) -> Figure:
     """Scores of all seeds, differences from the source-only model, and the steps between rows."""
     rows, seeds = summary["rows"], summary["seeds"]
-    differences = {(d["row"], d["against"]): d for d in summary["differences"]}
+    differences = pairs(summary)
     # Groups are set apart: no target loss, target losses, optimiser.
     gaps = {SOURCE_ONLY: 0.0, METHODS[0]: 0.5, TRAP[0]: 1.0}
     places: dict[str, float] = {}

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -17,6 +18,9 @@ from torch import Tensor
 
 import baselines
 from maxsquare import IWMaxSquareLoss, MaxSquareLoss, MultiLevelLoss, functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from uda.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -58,6 +62,7 @@ LOSSES: dict[LossName, dict[str, Callable[..., Tensor]]] = {
     "cross_entropy": {OURS: functional.cross_entropy},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STRIDE = 8  # of a network whose logits are to be upsampled
 
 
 class Case(NamedTuple):
@@ -82,7 +87,8 @@ class Case(NamedTuple):
     @property
     def given_size(self) -> tuple[int, int]:
         """Resolution of the logits that are given."""
-        return (self.height // 8 + 1, self.height // 4 + 1) if self.upsampled else self.size
+        height, width = self.size
+        return (height // STRIDE + 1, width // STRIDE + 1) if self.upsampled else self.size
 
     @property
     def logits(self) -> int:
@@ -177,11 +183,25 @@ def available_bytes(device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def refuse_impossible(options: Any) -> None:
+    """Raise a UserError for values of the options that make no case, or none that can run."""
+    for name, value in vars(options).items():
+        if value == ():
+            raise UserError(f"--{name} is empty: give one value or more.")
+    for name, least in {"classes": 2, "heights": STRIDE, "batches": 1}.items():
+        smallest = min(getattr(options, name))
+        if smallest < least:
+            raise UserError(f"--{name} must be at least {least}, not {smallest}.")
+    if options.threads is not None and options.threads < 1:
+        raise UserError(f"--threads must be at least 1, not {options.threads}.")
+
+
 def resolve_device(device: str) -> str:
     """ "auto" is a GPU if there is one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise UserError("--device cuda finds no GPU: choose --device cpu.")
+    return ("cuda" if found else "cpu") if device == "auto" else device
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -205,7 +225,9 @@ def environment(device: str) -> dict[str, Any]:
 
 def name_of(environment: dict[str, Any]) -> str:
     """The machine in one line."""
-    processor = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
+    threads = environment["threads"]
+    cpu = f"{environment['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+    processor = environment["gpu"] or cpu
     return f"{processor}, torch {environment['torch']}, {environment['date']}"
 
 
@@ -236,21 +258,23 @@ def plot_bars(columns: Sequence[Mapping[Case, Sequence[Bar]]], xlabel: str) -> F
     lines = max(sum(1.5 + len(bars) for bars in groups.values()) for groups in columns)
     figure = Figure(figsize=(13, 1 + 0.2 * lines))
     values = [bar.value for groups in columns for bars in groups.values() for bar in bars]
+    # A bar that is far shorter than the others would flatten them; its number alone is shown.
+    left = max(0.7 * min(values), max(values) / 1000)
     for axes, groups in zip(figure.subplots(1, len(columns)), columns, strict=True):
         ticks: dict[float, str] = {}
         y = 0.0
         for case, bars in groups.items():
-            axes.text(0, y, str(case), transform=axes.get_yaxis_transform(), va="center", size=9)
+            axes.text(0.01, y, str(case), transform=axes.get_yaxis_transform(), va="center", size=9)
             for bar in bars:
                 y += 1
                 ticks[y] = bar.competitor
                 axes.barh(y, bar.value, height=0.85, color=COLORS.get(bar.competitor, "0.75"))
-                axes.text(bar.value, y, " " + bar.text, va="center", size=8)
+                axes.text(max(bar.value, left), y, " " + bar.text, va="center", size=8)
             y += 1.5
         axes.set_yticks([*ticks], [*ticks.values()], size=8)
         axes.set_ylim(y - 0.5, -0.8)
         # Room for the text at the right end.
-        axes.set(xscale="log", xlim=(0.7 * min(values), 8 * max(values)), xlabel=xlabel)
+        axes.set(xscale="log", xlim=(left, 8 * max(values)), xlabel=xlabel)
     return figure
 
 

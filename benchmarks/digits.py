@@ -412,7 +412,10 @@ def sample_panel(path: Path, rows: int = 3) -> None:
     """Write a picture of training canvases of both domains with their labels."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     halves = figure.subfigures(1, 2, wspace=0.03)
-    domains = {"source: MNIST, labelled": mnist(), "target: UCI digits, labels hidden": optdigits()}
+    domains = {
+        "source: MNIST, labelled": mnist(),
+        "target: UCI digits, labels not used in training": optdigits(),
+    }
     for half, (title, handwriting) in zip(halves, domains.items(), strict=True):
         half.suptitle(title, fontsize=11)
         training, _ = split(handwriting)

@@ -19,6 +19,7 @@ evaluation mode and without flips:
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import shlex
 import sys
@@ -35,6 +36,7 @@ import tyro
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.path import Path as Line
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 from rich.console import Console
@@ -80,12 +82,19 @@ TABLE_P = (0.6, 0.9, 0.99)
 MARKS = dict(zip(LOSSES, (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^")), strict=True))
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 BLUE = "#0072B2"
-# Where a name may stand, in points from its own, and which end of it is there.
-PLACES = (
-    *(((6, 0), "left"), ((-6, 0), "right"), ((0, 9), "center"), ((0, -9), "center")),
-    *(((3, -9), "left"), ((-3, -9), "right"), ((3, 9), "left"), ((-3, 9), "right")),
-    *(((0, 18), "center"), ((0, -18), "center")),
-)
+# Where a name may stand beside its point, in points from it, and which end of it is there.
+BESIDE = (((6, 0), "left"), ((-6, 0), "right"), ((0, 9), "center"), ((0, -9), "center"))
+# Where it may stand at the end of a line, near places first.
+APART = [
+    ((across if end == "left" else -across, up), end)
+    for across, up in sorted(
+        itertools.product((12, 24, 36, 48), (-54, -42, -30, -18, 18, 30, 42, 54)),
+        key=lambda place: math.hypot(*place),
+    )
+    for end in ("left", "right")
+]
+# From a name to the points of others, and from its line to their centres, in pixels.
+NAME_DISTANCE, LINE_DISTANCE = 10, 5
 # Two points make a line whatever they are.
 POINTS_OF_A_FIT = 3
 NO_FIT = "too few different points for a fit"
@@ -157,9 +166,9 @@ def run(options: Options, given: Sequence[str], console: Console) -> None:
     if options.checkpoint is None and (options.data_root or options.images is not None):
         raise UserError("--data-root and --images belong to a checkpoint: name one.")
     opened = options.checkpoint and open_checkpoint(options.checkpoint, options)
+    device = cases.resolve_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    device = cases.resolve_device(options.device)
     record = {
         "question": QUESTION,
         "command": shlex.join(["python", "benchmarks/gradient_profiles.py", *given]),
@@ -470,7 +479,8 @@ def plot_certainty(measured: Measured, fit: Fit | None) -> Figure:
         axes.plot(ends, [fit.intercept + fit.slope * end for end in ends], color="0.7", zorder=1)
         # Room for names below the lowest point, but not for all of a line that goes below 0.
         axes.set_ylim(min(y) - 0.1 * max(y), 1.1 * max(y))
-    axes.scatter(x, y, color=BLUE, s=30, zorder=2)
+    # Edges tell points apart that lie over each other.
+    axes.scatter(x, y, color=BLUE, s=30, zorder=2, edgecolors="white", linewidths=0.6)
     axes.set(
         xlabel="mean probability of the class on the pixels predicted as it (%)", ylabel="IoU (%)"
     )
@@ -493,17 +503,45 @@ def plot_certainty(measured: Measured, fit: Fit | None) -> Figure:
 
 
 def name_points(axes: Axes, x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> None:
-    """Write each name beside its point, where it covers neither a point nor another name."""
+    """Write each name beside its point or, in a crowd, further away with a line to its point."""
     axes.figure.draw_without_rendering()  # the layout must stand before texts are measured
-    centers = [axes.transData.transform(point) for point in zip(x, y, strict=True)]
-    taken = [Bbox.from_bounds(left - 4, bottom - 4, 8, 8) for left, bottom in centers]
-    for *point, name in zip(x, y, names, strict=True):
+    centers = [(*axes.transData.transform(point),) for point in zip(x, y, strict=True)]
+    written: list[Bbox] = []
+    lines: list[Line] = []
+
+    def flaws(box: Bbox, line: Line) -> int:
+        others = [Bbox([center, center]) for center in centers if center != (*line.vertices[0],)]
+        near_line = [*written, *(other.padded(LINE_DISTANCE) for other in others)]
+        return (
+            sum(not axes.bbox.contains(*corner) for corner in box.corners())
+            + box.padded(NAME_DISTANCE).count_overlaps(others)
+            + box.count_overlaps(written)
+            + sum(other.intersects_bbox(box) for other in lines)
+            + sum(line.intersects_bbox(other) for other in near_line)
+            + sum(line.intersects_path(other) for other in lines)
+        )
+
+    for *point, name, center in zip(x, y, names, centers, strict=True):
         text = axes.annotate(name, point, (0, 0), textcoords="offset points", size=8.5, va="center")
-        for place, end in PLACES:
+        tried = []
+        for place, end in (*BESIDE, *APART):
             text.set(position=place, ha=end)
-            if not text.get_window_extent().count_overlaps(taken):
-                break
-        taken.append(text.get_window_extent())
+            box = text.get_window_extent()
+            nearest = min(max(center[0], box.x0), box.x1), (box.y0 + box.y1) / 2
+            tried.append((place, end, box, Line([center, nearest])))
+        place, end, box, line = min(tried, key=lambda found: flaws(*found[2:]))
+        text.set(position=place, ha=end)
+        written.append(box)
+        lines.append(line)
+        if (place, end) in APART:
+            leader = {
+                "arrowstyle": "-",
+                "color": "0.3",
+                "linewidth": 0.7,
+                "shrinkA": 1,
+                "shrinkB": 0,
+            }
+            axes.annotate("", point, place, textcoords="offset points", arrowprops=leader)
 
 
 # Writing

@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import cases
 from cases import NOT_IMAGE_WISE, OURS, Bar, Case
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from uda.errors import UserError
 
 QUESTION = (
     "How much memory do value and gradient of a target loss need beyond their inputs, "
@@ -64,7 +66,10 @@ class Options:
     threads: int | None = None
     """CPU threads; default: as many as PyTorch takes."""
     out: Path = cases.RESULTS
-    """Folder for figures and plot."""
+    """Folder for figures and plot; those of other than the default cases have their own names."""
+
+    def __post_init__(self) -> None:
+        cases.refuse_impossible(self)
 
 
 class Row(NamedTuple):
@@ -77,16 +82,23 @@ class Row(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, console = tyro.cli(Options, args=arguments), Console()
-    if cases.resolve_device(options.device) == "cpu" and not sys.platform.startswith("linux"):
-        print("error: without a GPU, peaks can be read on Linux only.", file=sys.stderr)
+    # Here, because each measured process imports this file and would load all of that.
+    from uda import report
+
+    try:
+        run(report.command_line(Options, arguments), Console())
+    except (UserError, OSError) as error:
+        print(f"error: {report.sentence(error)}", file=sys.stderr)
         return 2
-    run(options, console)
     return 0
 
 
 def run(options: Options, console: Console) -> None:
     device = cases.resolve_device(options.device)
+    if device == "cpu" and not sys.platform.startswith("linux"):
+        raise UserError("Without a GPU, peaks can be read on Linux only.")
+    # A folder that cannot be written to shows before anything is measured.
+    options.out.mkdir(parents=True, exist_ok=True)
     threads = options.threads or torch.get_num_threads()
     environment = {**cases.environment(device), "threads": threads}
     console.print(QUESTION)
@@ -120,7 +132,9 @@ def run(options: Options, console: Console) -> None:
         ],
         "claims": verdicts,
     }
-    path = options.out / f"memory-{device}.json"
+    # Only the default cases take the place of earlier ones.
+    stem = "memory" if grid(options, device) == grid(Options(), device) else "memory-part"
+    path = options.out / f"{stem}-{device}.json"
     cases.save_json(document, path)
     cases.save_plot(plot(measured), path.with_suffix(".png"), environment)
     console.print(f"Figures and plot: {path.with_suffix('')}.*", soft_wrap=True)

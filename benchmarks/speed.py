@@ -21,13 +21,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 
 import cases
 from cases import COMPILED, CROSS_ENTROPY, NOT_IMAGE_WISE, OURS, PLAIN, PUBLISHED, Bar, Case
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from uda import report
+from uda.errors import UserError
 
 QUESTION = (
     "How long do value and gradient of a target loss take: against what one would write "
@@ -78,7 +82,16 @@ class Options:
     compile: bool = True
     """Whether torch.compile competes; compiling takes longer than measuring."""
     out: Path = cases.RESULTS
-    """Folder for figures and plots."""
+    """Folder for figures and plots; those of another grid than the default have their own names."""
+
+    def __post_init__(self) -> None:
+        cases.refuse_impossible(self)
+        if self.rounds < MIN_ROUNDS:
+            raise UserError(f"--rounds must be at least {MIN_ROUNDS}, not {self.rounds}.")
+        for name in ("seconds", "slowest", "minutes"):
+            value = getattr(self, name)
+            if not value >= 0:  # nor is it for NaN
+                raise UserError(f"--{name} must be 0 or more, not {value}.")
 
 
 class Row(NamedTuple):
@@ -146,13 +159,19 @@ CLAIMS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    run(tyro.cli(Options, args=arguments), Console())
+    try:
+        run(report.command_line(Options, arguments), Console())
+    except (UserError, OSError) as error:
+        print(f"error: {report.sentence(error)}", file=sys.stderr)
+        return 2
     return 0
 
 
 def run(options: Options, console: Console) -> None:
     began = time.perf_counter()
     device = cases.resolve_device(options.device)
+    # A folder that cannot be written to shows before anything is measured.
+    options.out.mkdir(parents=True, exist_ok=True)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     environment = cases.environment(device)
@@ -188,15 +207,16 @@ def run(options: Options, console: Console) -> None:
         "scaling": [scaling._asdict() for scaling in scalings],
         "claims": verdicts,
     }
-    cases.save_json(document, options.out / f"speed-{device}.json")
+    stem = stem_of(options, device)
+    cases.save_json(document, options.out / f"{stem}-{device}.json")
     headline = [t for t in timed if t.case in grid(replace(options, quick=True), device)]
     for name, figure in {
-        "speed": plot_headline(headline),
-        "speed-grid": plot_grid(timed),
-        "speed-scaling": plot_scaling(scalings),
+        stem: plot_headline(headline),
+        f"{stem}-grid": plot_grid(timed),
+        f"{stem}-scaling": plot_scaling(scalings),
     }.items():
         cases.save_plot(figure, options.out / f"{name}-{device}.png", environment)
-    console.print(f"Figures and plots: {options.out}/speed*-{device}.*", soft_wrap=True)
+    console.print(f"Figures and plots: {options.out}/{stem}*-{device}.*", soft_wrap=True)
 
 
 # Measuring
@@ -215,6 +235,13 @@ def grid(options: Options, device: str) -> list[Case]:
         if options.quick:
             break
     return found
+
+
+def stem_of(options: Options, device: str) -> str:
+    """Of the files: only the whole grid takes the place of an earlier whole grid."""
+    if options.quick:
+        return "speed-quick"
+    return "speed" if grid(options, device) == grid(Options(), device) else "speed-part"
 
 
 def time_case(case: Case, earlier: list[Timed], machine: Machine, options: Options) -> Timed:
@@ -425,13 +452,12 @@ def print_summary(
 
 
 def plot_headline(timed: list[Timed]) -> Figure:
-    """Bars of the headline's times; floors far below are left out."""
+    """Bars of the headline's times."""
     columns = [
         {
             t.case: [
-                Bar(row.competitor, row.ms, f"{row.ms:.1f} ms ({row.ratio:.1f}x)")
+                Bar(row.competitor, row.ms, f"{short(row.ms)} ms ({short(row.ratio)}x)")
                 for row in t.rows
-                if row.ratio > 0.02
             ]
             for t in timed
             if t.case.upsampled == upsampled
@@ -439,6 +465,13 @@ def plot_headline(timed: list[Timed]) -> Figure:
         for upsampled in (False, True)
     ]
     return cases.plot_bars(columns, "value and gradient (ms); in brackets: times as long as ours")
+
+
+def short(value: float) -> str:
+    """With one decimal, or what takes its place where that would be 0; four digits at most."""
+    if value < 0.1:
+        return f"{value:.1g}"
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def plot_grid(timed: list[Timed]) -> Figure:
@@ -486,6 +519,8 @@ def plot_scaling(scalings: list[Scaling]) -> Figure:
         sizes = scalings[0 if axis == "pixels" else -1].sizes
         axes.set_xticks(sizes, map(str, sizes))
         axes.minorticks_off()
+        # Powers of ten alone may be a single one.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.legend(title="lines: exactly linear", fontsize=8)
         axes.grid(alpha=0.3)

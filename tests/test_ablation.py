@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -315,6 +316,29 @@ def test_summary_of_unfinished_runs_is_refused(
     assert ablation.main(options) == 2
     total = len(results(uninterrupted))
     assert f"holds 0 of {total} runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b"{}"])
+@pytest.mark.parametrize("name", ["settings.json", f"seed0-{SOURCE_ONLY}.json"])
+@pytest.mark.parametrize("options", [[], ["--summary-only"]])
+def test_a_damaged_file_is_named_and_kept(
+    options: list[str],
+    name: str,
+    content: bytes,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    shutil.copytree(uninterrupted, work)
+    (work / name).write_bytes(content)
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    folders = ["--work", str(work), "--out", str(out)]
+    assert ablation.main([*options, "--seeds", str(SEEDS), *folders]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {work / name} is damaged: ") and error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+    assert not out.exists()
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def timed(
     folder = tmp_path_factory.mktemp("results")
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert speed.main([*TINY, "--out", str(folder)]) == 0
-    return folder, json.loads((folder / "speed-cpu.json").read_text()), output.getvalue()
+    return folder, json.loads((folder / "speed-part-cpu.json").read_text()), output.getvalue()
 
 
 def inputs_in_double(case: Case) -> cases.Inputs:
@@ -138,9 +138,51 @@ def test_speed_prints_question_tables_losses_and_paths(
     places = [output.index(str(Case(**entry["case"]))) for entry in document["cases"]]
     assert places == sorted(places)
     assert "axsquare lose" in output  # where, or that nowhere
-    assert output.rstrip().endswith(f"Figures and plots: {folder}/speed*-cpu.*")
-    pictures = {path.name for path in folder.glob("*.png")}
-    assert pictures == {"speed-cpu.png", "speed-grid-cpu.png", "speed-scaling-cpu.png"}
+    assert output.rstrip().endswith(f"Figures and plots: {folder}/speed-part*-cpu.*")
+    assert {path.name for path in folder.iterdir()} == {
+        "speed-part-cpu.json",
+        "speed-part-cpu.png",
+        "speed-part-grid-cpu.png",
+        "speed-part-scaling-cpu.png",
+    }
+
+
+def test_only_the_whole_grid_takes_the_place_of_the_whole_grid() -> None:
+    assert speed.stem_of(Options(), "cpu") == "speed"
+    assert speed.stem_of(Options(rounds=9, out=Path("elsewhere")), "cpu") == "speed"
+    assert speed.stem_of(Options(quick=True), "cpu") == "speed-quick"
+    assert speed.stem_of(Options(heights=(512,)), "cpu") == "speed-part"
+
+
+def test_a_bar_too_short_to_be_drawn_keeps_its_number() -> None:
+    case = Case("max_square", classes=3, height=8)
+    rows = [
+        Row(OURS, 30, (30, 30), 1, (1, 1)),
+        Row(speed.BYTES_FLOOR, 0.0123, (0, 0), 4e-4, (0, 0)),
+    ]
+    upsampled = Timed(case._replace(upsampled=True), rows, {})
+    _, right = speed.plot_headline([Timed(case, rows[:1], {}), upsampled]).axes
+    assert [label.get_text() for label in right.get_yticklabels()] == [OURS, speed.BYTES_FLOOR]
+    number = next(text for text in right.texts if text.get_text() == " 0.01 ms (0.0004x)")
+    assert number.get_position()[0] >= right.get_xlim()[0] > 0.0123
+
+
+def test_time_over_classes_has_more_than_one_tick() -> None:
+    ms = {"pixels": [1.5, 4.9, 20.7, 77.5], "classes": [4.6, 8.6, 20.9, 39.5]}
+    scalings = [
+        speed.Scaling(axis, upsampled, [1, 2, 4, 8], ms[axis], 1.0)
+        for axis in ms
+        for upsampled in (False, True)
+    ]
+    for axes in speed.plot_scaling(scalings).axes:
+        low, high = axes.get_ylim()
+        assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
+
+
+@pytest.mark.parametrize(("threads", "text"), [(1, "CPU, 1 thread,"), (2, "CPU, 2 threads,")])
+def test_machine_has_as_many_threads_as_it_says(threads: int, text: str) -> None:
+    environment = {"cpu": "CPU", "gpu": None, "threads": threads, "torch": "2", "date": "today"}
+    assert cases.name_of(environment).startswith(text)
 
 
 def test_grid_holds_the_published_shapes_and_starts_with_the_headline() -> None:
@@ -198,12 +240,17 @@ def test_a_compiler_that_fails_is_named_and_left_out(monkeypatch: pytest.MonkeyP
 def test_cases_after_the_time_limit_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    speed.main([*TINY, "--quick", "--minutes", "0", "--out", str(tmp_path)])
-    document = json.loads((tmp_path / "speed-cpu.json").read_text())
+    whole = tmp_path / "speed-cpu.json"
+    whole.write_text("of the whole grid")
+    assert speed.main([*TINY, "--quick", "--minutes", "0", "--out", str(tmp_path)]) == 0
+    assert whole.read_text() == "of the whole grid"
+    document = json.loads((tmp_path / "speed-quick-cpu.json").read_text())
     measured = [bool(entry["rows"]) for entry in document["cases"]]
     assert measured == [True] + [False] * 7
     assert document["cases"][1]["skipped"] == {"all": "--minutes 0 are over"}
-    assert capsys.readouterr().out.count("all left out: --minutes 0 are over") == 7
+    output = capsys.readouterr().out
+    assert output.count("all left out: --minutes 0 are over") == 7
+    assert output.rstrip().endswith(f"{tmp_path}/speed-quick*-cpu.*")
 
 
 def test_claims_are_judged_by_the_ratio_at_their_own_case() -> None:
@@ -263,9 +310,10 @@ def test_memory_writes_what_a_tensor_of_known_size_confirms(
     assert dict(os.environ) == variables  # the allocator's settings are the measured processes'
     output = capsys.readouterr().out
     assert output.startswith("How much memory")
-    assert output.rstrip().endswith(f"{tmp_path}/memory-cpu.*")
-    assert (tmp_path / "memory-cpu.png").exists()
-    document = json.loads((tmp_path / "memory-cpu.json").read_text())
+    assert output.rstrip().endswith(f"{tmp_path}/memory-part-cpu.*")
+    assert (tmp_path / "memory-part-cpu.png").exists()
+    assert not (tmp_path / "memory-cpu.json").exists()  # which is for the default cases
+    document = json.loads((tmp_path / "memory-part-cpu.json").read_text())
     assert document["known_mib"]["measured"] == pytest.approx(memory.KNOWN_BYTES / 2**20, abs=2)
     assert document["environment"]["threads"] == 1
     for entry in document["cases"]:
@@ -302,9 +350,57 @@ def test_memory_claims_are_judged_at_their_own_case() -> None:
     assert verdict["met"]
 
 
+# Command lines
+
+WRONG = [
+    *(
+        (script, options, told)
+        for script in (speed, memory)
+        for options, told in {
+            "--bogus": "--bogus",
+            "--dtypes int8": "int8",
+            "--dtypes": "--dtypes is empty",
+            "--heights": "--heights is empty",
+            "--heights -5": "--heights must be at least 8, not -5",
+            "--heights 512 0": "--heights must be at least 8, not 0",
+            "--classes 1": "--classes must be at least 2, not 1",
+            "--batches 0": "--batches must be at least 1, not 0",
+            "--threads 0": "--threads must be at least 1, not 0",
+            "--threads -1": "--threads must be at least 1, not -1",
+            "--device cuda": "--device cuda finds no GPU",
+        }.items()
+    ),
+    (memory, "--losses", "--losses is empty"),
+    (speed, "--rounds 0", "--rounds must be at least 3, not 0"),
+    (speed, "--seconds -1", "--seconds must be 0 or more"),
+    (speed, "--minutes nan", "--minutes must be 0 or more"),
+]
+
+
+@pytest.mark.parametrize(("script", "options", "told"), WRONG)
+def test_wrong_options_are_told_in_one_sentence_before_anything_is_written(
+    script: Any,
+    options: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert script.main(["--out", str(tmp_path / "out"), *options.split()]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert told in output.err
+    assert not output.out and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("script", [speed, memory])
-def test_a_wrong_option_is_refused(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_of:
-        script.main(["--dtypes", "int8"])
-    assert exit_of.value.code == 2
-    assert "int8" in capsys.readouterr().err
+def test_a_file_in_the_place_of_the_folder_shows_before_anything_is_measured(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert script.main(["--device", "cpu", "--out", str(tmp_path / "file")]) == 2
+    output = capsys.readouterr()
+    assert str(tmp_path / "file") in output.err and output.err.count("\n") == 1
+    assert not output.out
+    assert (tmp_path / "file").read_text() == "mine"

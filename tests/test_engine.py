@@ -48,6 +48,7 @@ def block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Blocks of one pixel or row, of a few (so that some are cut short), and the usual ones."""
     if request.param is not None:
         monkeypatch.setattr(blocks, "CACHE_BYTES_PER_THREAD", 2 * request.param)
+        monkeypatch.setattr(blocks, "UPSAMPLED_BYTES_PER_THREAD", 2 * request.param)
         monkeypatch.setattr(blocks, "COLUMNS_PER_BAND", min(request.param, 3))
         monkeypatch.setattr(blocks, "ROWS_PER_STRIP", 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from fill import fill
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from torch import Tensor, nn
 
 import gradient_profiles as profiles
@@ -232,19 +234,44 @@ def test_points_that_make_no_line_have_no_fit(certainty: list[float], ious: list
 def test_figure_2_names_its_points_and_counts_the_others() -> None:
     measured = hand_made([50, 50.1, 50.2, 60], [20, 20, 20, 30])
     axes = profiles.plot_certainty(measured, profiles.fit_line(measured)).axes[0]
-    assert [text.get_text() for text in axes.texts] == ["a", "b", "c", "d"]
+    assert [text.get_text() for text in axes.texts if text.get_text()] == ["a", "b", "c", "d"]
     assert "2 of 6 classes have no point" in axes.get_title()
     assert "n = 4" in axes.get_title()
 
 
-def test_names_of_crowded_points_do_not_cover_each_other() -> None:
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        ([50, 51, 52, 50, 51], [50, 50, 50, 52, 52]),
+        ([25.7, 26.1, 27.1, 27.6, 38], [0, 0, 0, 1.4, 1.6]),
+    ],
+)
+def test_names_of_crowded_points_cannot_be_taken_for_each_other(
+    x: list[float], y: list[float]
+) -> None:
     axes = Figure(figsize=(8, 5)).subplots()
-    axes.set(xlim=(0, 100), ylim=(0, 100))
-    x, y = [50, 51, 52, 50, 51], [50, 50, 50, 51, 51]
-    profiles.name_points(axes, x, y, ["traffic light", "traffic sign", "pole", "rider", "car"])
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert len(boxes) == 5
+    axes.set(xlim=(0, 100), ylim=(-10, 100))
+    names = ["traffic light", "traffic sign", "pole", "rider", "car"]
+    profiles.name_points(axes, x, y, names)
+    named = {text.get_text(): text for text in axes.texts if text.get_text()}
+    assert [*named] == names
+    boxes = [text.get_window_extent() for text in named.values()]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    centers = [(*axes.transData.transform(point),) for point in zip(x, y, strict=True)]
+    # A line leads to the point itself; a name without one is nearer to its own than to any other.
+    leaders = [(text.xy, text.xyann) for text in axes.texts if not text.get_text()]
+    assert 0 < len(leaders) < len(names)
+    for text, box, center, point in zip(
+        named.values(), boxes, centers, zip(x, y, strict=True), strict=True
+    ):
+        assert text.xy == point
+        if (point, text.xyann) not in leaders:
+            assert min(centers, key=lambda other: distance(box, other)) == center
+
+
+def distance(box: Bbox, point: tuple[float, float]) -> float:
+    x, y = point
+    return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
 
 
 def test_shares_are_shown_of_the_classes_that_occur_from_hard_to_easy() -> None:
@@ -303,6 +330,7 @@ def test_fewer_images_are_recorded(trained: Path, tmp_path: Path) -> None:
         (["--classes", "1"], "--classes must be"),
         (["--classes", "two"], "two"),
         (["--size", "3"], "--size"),
+        (["--device", "cuda"], "--device cuda finds no GPU"),
     ],
 )
 def test_bad_input_is_told_in_one_sentence_and_writes_nothing(
@@ -310,8 +338,10 @@ def test_bad_input_is_told_in_one_sentence_and_writes_nothing(
     told: str,
     trained: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "out"
     given = [str(trained) if argument == "CHECKPOINT" else argument for argument in arguments]
     assert profiles.main([*given, "--out", str(out)]) == 2
