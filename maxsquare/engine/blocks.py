@@ -20,8 +20,10 @@ from maxsquare.engine.bilinear import axis_bands
 from maxsquare.engine.pixelwise import LOWEST_LOGIT, Problem
 from maxsquare.potentials import Label, Tsallis
 
-# What a thread works on at a time, in all buffers together: about a level-2 cache.
-CACHE_BYTES_PER_THREAD = 1280 * 1024
+# What a thread works on at a time, in all buffers together: about a level-2 cache, which
+# interpolated logits share with the strip that they come from.
+CACHE_BYTES_PER_THREAD = 2048 * 1024
+UPSAMPLED_BYTES_PER_THREAD = 1536 * 1024
 # Columns interpolated at a time: the fewer, the fewer zeros are multiplied, but the more calls.
 COLUMNS_PER_BAND = 256
 # Low-resolution rows kept at the width of the result: one more is read twice for every so many.
@@ -637,8 +639,10 @@ def _heads(
 ) -> list[_Whole] | list[_Upsampled]:
     """Sources of the logits of one head, or of a head and its guide."""
     pairs = zip(heads, sloped, strict=False)
-    elements = CACHE_BYTES_PER_THREAD * torch.get_num_threads() // (buffers * dtype.itemsize)
-    if problem.size is not None:
+    upsampled = problem.size is not None
+    room = UPSAMPLED_BYTES_PER_THREAD if upsampled else CACHE_BYTES_PER_THREAD
+    elements = room * torch.get_num_threads() // (buffers * dtype.itemsize)
+    if upsampled:
         # In a band of several rows 0 times NaN would reach pixels that the NaN does not touch.
         banded = all(bool((z < math.inf).all()) for z in heads)
         return [_Upsampled(z, problem, dtype, banded, elements, sloped) for z, sloped in pairs]
