@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,10 +25,10 @@ import evaluate
 import minimal_loop
 import test_time_adaptation
 import train_uda
-from uda import checkpoint, loading, outputs, report, scenes
+from uda import adaptation, checkpoint, loading, outputs, report, scenes
 from uda.datasets import LABEL_SPACES
 from uda.errors import UserError
-from uda.presets import COMPARED, PRESETS, Settings
+from uda.presets import COMPARED, PRESETS, Method, Settings
 
 EXAMPLES = Path(train_uda.__file__).parent
 SIZE = (32, 64)
@@ -208,6 +208,11 @@ def test_every_published_row_is_a_preset() -> None:
     for name, preset in PRESETS.items():
         assert preset.settings.preset == name
         assert preset.settings.method in COMPARED
+
+
+def test_every_method_can_be_chosen() -> None:
+    assert set(get_args(Method)) - {"all"} == set(adaptation.methods())
+    assert set(COMPARED) <= set(get_args(Method))
 
 
 def test_list_presets_prints_published_results(capsys: pytest.CaptureFixture[str]) -> None:

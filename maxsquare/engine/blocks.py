@@ -23,7 +23,7 @@ from maxsquare.potentials import Label, Tsallis
 # What a thread works on at a time, in all buffers together: about a level-2 cache, which
 # interpolated logits share with the strip that they come from.
 CACHE_BYTES_PER_THREAD = 2048 * 1024
-UPSAMPLED_BYTES_PER_THREAD = 1536 * 1024
+UPSAMPLED_BYTES_PER_THREAD = 1408 * 1024
 # Columns interpolated at a time: the fewer, the fewer zeros are multiplied, but the more calls.
 COLUMNS_PER_BAND = 256
 # Low-resolution rows kept at the width of the result: one more is read twice for every so many.
