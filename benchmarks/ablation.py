@@ -191,32 +191,27 @@ Finished = dict[Run, dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    console = Console()
-    try:
-        options = report.command_line(Options, arguments)
-        if options.seeds < 2:
-            raise UserError(f"--seeds {options.seeds} gives no interval: take at least 2.")
-        if options.workers < 1:
-            raise UserError(f"--workers must be positive, not {options.workers}.")
-        folder = options.work or Path("runs") / f"ablation-{options.task}"
-        if not options.summary_only:
+    return report.exit_code(
+        lambda: run(report.command_line(Options, arguments), Console()),
+        stopped="Stopped: the same command goes on from here.",
+    )
+
+
+def run(options: Options, console: Console) -> None:
+    if options.seeds < 2:
+        raise UserError(f"--seeds {options.seeds} gives no interval: take at least 2.")
+    if options.workers < 1:
+        raise UserError(f"--workers must be positive, not {options.workers}.")
+    folder = options.work or Path("runs") / f"ablation-{options.task}"
+    if not options.summary_only:
+        try:
             train(make_task(options, folder), folder, options, console)
-        summary = summarize(*load(folder))
-        write(summary, options.out, console)
-    except (UserError, OSError) as error:
-        print(f"error: {report.sentence(error)}", file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        print(
-            "error: a training process was ended from outside, perhaps for lack of memory: the "
-            "same command goes on from here, with less memory if --workers is smaller.",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped: the same command goes on from here.", file=sys.stderr)
-        return 130
-    return 0
+        except BrokenProcessPool as error:
+            raise UserError(
+                "A training process was ended from outside, perhaps for lack of memory: the same "
+                "command goes on from here, with less memory if --workers is smaller."
+            ) from error
+    write(summarize(*load(folder)), options.out, console)
 
 
 def make_task(options: Options, folder: Path) -> Task:

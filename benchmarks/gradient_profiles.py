@@ -152,12 +152,7 @@ class Fit(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
-    try:
-        run(report.command_line(Options, arguments), given, Console())
-    except (UserError, OSError) as error:
-        print(f"error: {report.sentence(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return report.exit_code(lambda: run(report.command_line(Options, arguments), given, Console()))
 
 
 def run(options: Options, given: Sequence[str], console: Console) -> None:

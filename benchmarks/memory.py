@@ -85,12 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Here, because each measured process imports this file and would load all of that.
     from uda import report
 
-    try:
-        run(report.command_line(Options, arguments), Console())
-    except (UserError, OSError) as error:
-        print(f"error: {report.sentence(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return report.exit_code(lambda: run(report.command_line(Options, arguments), Console()))
 
 
 def run(options: Options, console: Console) -> None:

@@ -159,12 +159,7 @@ CLAIMS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        run(report.command_line(Options, arguments), Console())
-    except (UserError, OSError) as error:
-        print(f"error: {report.sentence(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return report.exit_code(lambda: run(report.command_line(Options, arguments), Console()))
 
 
 def run(options: Options, console: Console) -> None:

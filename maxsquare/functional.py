@@ -300,12 +300,9 @@ def multi_level_loss(
     shared = {name: options[name] for name in _SHARED if name in options}
     check_options(threshold=threshold, weight=weight, **shared)
     call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
-    definition, rest = None, dict(options)
-    if target is max_square:
-        definition = _MAX_SQUARE
-    elif target is entropy:
-        definition = _ENTROPY
-    elif target is tsallis_entropy and "q" in rest:
+    rest = dict(options)
+    definition = {max_square: _MAX_SQUARE, entropy: _ENTROPY}.get(target)
+    if target is tsallis_entropy and "q" in rest:
         definition = _Definition(rest.pop("q"))
     several = isinstance(low_logits, Sequence) and len(low_logits) > 1
     if definition is None or several or options.get("reduction") == "none":

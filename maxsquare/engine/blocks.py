@@ -103,8 +103,7 @@ def sweep(
     weights: of the bins (images, bins), or of the pixels (images, *spatial) if `per_pixel`,
     which also asks for phi.
     """
-    work = _Pass(z, problem, guide, labels, valid, weights, per_pixel)
-    return work.run()
+    return _Pass(z, problem, guide, labels, valid, weights, per_pixel).run()
 
 
 def sweep_both(
