@@ -249,6 +249,42 @@ def test_where_head_and_guide_tie_the_first_class_wins(size: tuple[int, int] | N
     assert set(y.unique().tolist()) == {-1, 0}
 
 
+@pytest.mark.parametrize("name", ["image_wise", "pseudo_label"])
+@pytest.mark.parametrize("share", [0.01, 1.0], ids=["a few ties", "many ties"])
+def test_ties_and_what_is_not_a_number_have_the_index_that_argmax_gives(
+    block_size: None, name: str, share: float
+) -> None:
+    z = random_logits((2, 5, 16, 17)).float()
+    z = torch.where(torch.rand(2, 1, 16, 17) < share, z.sign(), z)
+    z[0, 3, 2, 2] = torch.nan
+    problem = PROBLEMS[name]._replace(potential=None)
+    y = paths.predict(z, problem)
+    assert torch.equal(y, pixelwise.predict(z, problem))
+    if problem.threshold is None:
+        torch.testing.assert_close(y, z.argmax(1))
+
+
+@each_problem
+@pytest.mark.parametrize(
+    "hidden",
+    [[torch.nan, 0, 0], [0, torch.inf, 0], [-torch.inf] * 3, [0, -torch.inf, 0], [1e30, 0, 0]],
+    ids=str,
+)
+def test_a_pixel_that_does_not_count_may_hold_anything(name: str, hidden: list[float]) -> None:
+    z, problem, arguments = case(name, (1, 3, 6, 9), None)
+    arguments["valid"][0, 1:4, 2:5] = False
+
+    def results() -> list[Tensor]:
+        pairs = both_ways(z, problem, arguments, lambda engine: engine.accumulate)
+        return [result for pair in pairs for result in pair]
+
+    clean = results()
+    for heads in (z, arguments.get("guide", z)):
+        heads[0, :, 1:4, 2:5] = torch.tensor(hidden).view(3, 1, 1)
+    for result, expected in zip(results(), clean, strict=True):
+        assert torch.equal(result, expected)
+
+
 def test_a_loss_scale_saves_half_precision_gradients_from_underflow() -> None:
     z = random_logits((1, 19, 128, 128)).half()
     scale = 2.0**16
@@ -347,9 +383,10 @@ def test_nan_reaches_the_pixels_it_touches_and_no_other(name: str) -> None:
     if labels is not None:
         labels.clamp_(min=0).masked_fill_(labels == 1, 0)
     for engine in (paths, pixelwise):
-        assert (
-            not engine.accumulate(z, problem, **{**arguments, "valid": ~touched})[0].isnan().any()
-        )
+        leaf = z.clone().requires_grad_()
+        sums, _ = engine.accumulate(leaf, problem, **{**arguments, "valid": ~touched})
+        (gradient,) = torch.autograd.grad(sums.sum(), leaf)
+        assert not sums.isnan().any() and not gradient.isnan().any()
         assert engine.accumulate(z, problem, **{**arguments, "valid": touched})[0].isnan().any()
 
 

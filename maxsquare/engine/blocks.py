@@ -211,9 +211,6 @@ class _Pass:
         labels = self._map("labels", k)
         if labels is not None:
             pixels = _given(labels, pixels, problem, self.classes)
-        if pixels.counted is not None and not self.looks:
-            for logits in (x, *guides):
-                logits.masked_fill_(~pixels.counted.unsqueeze(1), 0)
 
         if self.own is not None:
             p, spare = self._do_own(n, k, guides[0], spare, pixels)
@@ -282,6 +279,9 @@ def _settle(
     y, counted, strange = pixels
     phi, slope, factor = _potential(p, log_p, pixels, problem, weights is not None, spare)
     if counted is not None:
+        if not math.isfinite(phi.sum().item()):
+            # Times 0, what is no number would still be none.
+            slope.masked_fill_(~counted.unsqueeze(1), 0)
         phi = phi.where(counted, 0)
     if weights is None:
         _add_to_bins(sums, phi, y)
@@ -311,15 +311,20 @@ def _given(labels: Tensor, pixels: _Pixels, problem: Problem, classes: int) -> _
     """Pixels whose indices are given; one that does not count is 0."""
     y, ignore, counted = labels.long(), problem.ignore_index, pixels.counted
     least, most = _range(labels)
-    if least >= 0 and most < classes and not 0 <= ignore < classes:
-        return _Pixels(y, counted, False)
-    counts = (y != -1) & (y != ignore)
-    counted = counts if counted is None else counted & counts
-    strange = counted & ((y < 0) | (y >= classes))
-    if problem.by_class:
-        counted = counted & ~strange
-    y = y.masked_fill(~counted, 0)
-    return _Pixels(y, counted, not problem.by_class and bool(strange.any()))
+    if least < 0 or most >= classes or 0 <= ignore < classes:
+        counts = y != ignore
+        if least < 0:
+            counts &= y != -1
+        counted = counts if counted is None else counted & counts
+        y = y.where(counted, 0)
+        least, most = _range(y)
+    strange = least < 0 or most >= classes
+    if strange and problem.by_class:
+        classless = (y < 0) | (y >= classes)
+        assert counted is not None
+        counted, strange = counted & ~classless, False
+        y = y.masked_fill(classless, 0)
+    return _Pixels(y, counted, strange)
 
 
 def _probabilities(x: Tensor, problem: Problem, spare: Tensor) -> tuple[Tensor, Tensor]:
@@ -362,12 +367,14 @@ def _argmax(x: Tensor, spare: Tensor, dtype: torch.dtype = torch.long) -> Tensor
     classes = x.shape[1]
     hit = torch.eq(x, x.amax(1, keepdim=True), out=spare)
     # One hit at class c sums up to C + c; none (NaN) gives 0, and several at least 2 C.
-    code = hit.mul_(_codes(classes, x.dtype)).sum(1)
-    least, most = _range(code)
-    if least < classes or most >= 2 * classes:
+    index = hit.mul_(_codes(classes, x.dtype)).sum(1).sub_(classes)
+    least, most = _range(index)
+    if least < 0 or most >= classes:
+        row, column = torch.where((index < 0) | (index >= classes))
+        odd = x[row, :, column]
         # Of x overwritten by the codes of its largest, the first is the first but zero.
-        return (x.bool().byte() if spare is x else x).argmax(1).to(dtype)
-    return code.sub_(classes).to(dtype)
+        index[row, column] = (odd.bool().byte() if spare is x else odd).argmax(1).to(index.dtype)
+    return index.to(dtype)
 
 
 @functools.lru_cache(maxsize=8)
@@ -416,9 +423,10 @@ def _potential(
     if problem.from_logits:
         phi = p_y.log().neg_()
         if not p_y.amin().item() >= tiny:
-            # Rounded away, or beside a NaN: from the logits (here log_p) instead.
+            # Where it is rounded away: from the logits (here log_p) instead.
             top = log_p.amax(1, keepdim=True), p.amax(1, keepdim=True)
-            phi = (top[0] - log_p.gather(1, c)).sub_(top[1].log_())
+            exact = (top[0] - log_p.gather(1, c)).sub_(top[1].log_())
+            phi = phi.where(p_y >= tiny, exact)
         slope = p.scatter_(1, c, p_y.sub_(1)) if sloped else p
     else:
         phi = log_p.gather(1, c).neg_()
