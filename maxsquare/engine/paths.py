@@ -291,11 +291,14 @@ def _slope(
 
 def _scale(slope: Tensor, upstream: Tensor, large: bool) -> Tensor:
     """The slope times the upstream gradient (N, 1); a large one in its own place."""
-    upstream = upstream.view(-1, *[1] * (slope.dim() - 1))
     if not large:
-        return slope * upstream
-    # Often one: the weights include every factor of the loss itself.
-    return slope if bool((upstream == 1).all()) else slope.mul_(upstream)
+        return slope * upstream.view(-1, *[1] * (slope.dim() - 1))
+    # By a number: a tensor of another dtype would have the whole slope cast to and fro.
+    for image, factor in zip(slope, upstream.flatten().tolist(), strict=True):
+        # Often one: the weights include every factor of the loss itself.
+        if factor != 1:
+            image.mul_(factor)
+    return slope
 
 
 class _SweepBoth(torch.autograd.Function):
