@@ -45,7 +45,10 @@ each_problem = pytest.mark.parametrize("name", PROBLEMS)
 
 @pytest.fixture(params=[1, 7 * 4 * 19, None], ids=["one pixel", "a few pixels", "as shipped"])
 def block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of one pixel or row, of a few (so that some are cut short), and the usual ones."""
+    """Blocks of one pixel or row, of a few (so that some are cut short), and the usual ones.
+
+    Of small images a block holds several: of the few pixels some, and as shipped all of them.
+    """
     if request.param is not None:
         monkeypatch.setattr(blocks, "CACHE_BYTES_PER_THREAD", 2 * request.param)
         monkeypatch.setattr(blocks, "UPSAMPLED_BYTES_PER_THREAD", 2 * request.param)
@@ -98,7 +101,9 @@ def assert_both_ways(z: Tensor, problem: Problem, arguments: dict[str, Any]) -> 
 
 
 @each_problem
-@pytest.mark.parametrize("shape", [(2, 5, 23), (2, 3, 7, 9), (1, 4, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 5, 23), (5, 3, 4), (2, 3, 7, 9), (5, 2, 3, 2), (1, 4, 3, 4, 5)], ids=str
+)
 def test_blocks_equal_the_plain_formula_at_every_block_edge(
     block_size: None, name: str, shape: tuple[int, ...]
 ) -> None:

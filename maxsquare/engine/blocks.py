@@ -188,11 +188,12 @@ class _Pass:
         if self.sloped and self.problem.size is None:
             # Backwards: what a pass before this one has read last may still be in a cache.
             order = order[::-1]
-        for n in range(self.images):
+        for start in range(0, self.images, self.source.group):
+            images = slice(start, min(start + self.source.group, self.images))
             for head in self.heads:
-                head.start(n)
+                head.start(images)
             for k in order:
-                self._do_block(n, k)
+                self._do_block(images, k)
             for head in self.heads:
                 head.finish()
         return Swept(self.sums.to(self.dtype), self.counts, self.y, self.phi, self.source.slope)
@@ -203,8 +204,8 @@ class _Pass:
         own_sums = self.own_sums.to(self.dtype)
         return Swept(own_sums, self.own.counts, None, None, self.heads[1].slope)
 
-    def _do_block(self, n: int, k: int) -> None:
-        problem, sums = self.problem, self.sums[n]
+    def _do_block(self, images: slice, k: int) -> None:
+        problem, sums = self.problem, self.sums[images]
         x, *guides = (head.look(k) if self.looks else head.load(k) for head in self.heads)
         spare, other = (self.spares[i][: x.numel()].view_as(x) for i in (0, -1))
         pixels = _Pixels(None, self._map("valid", k), False)
@@ -213,7 +214,7 @@ class _Pass:
             pixels = _given(labels, pixels, problem, self.classes)
 
         if self.own is not None:
-            p, spare = self._do_own(n, k, guides[0], spare, pixels)
+            p, spare = self._do_own(images, k, guides[0], spare, pixels)
             guides = [p]
         elif guides and problem.from_logits:
             guides = [torch.softmax(guides[0], 1, out=guides[0])]
@@ -231,17 +232,17 @@ class _Pass:
         if y is not None:
             y.copy_(pixels.narrow())
         if not (self.sloped and problem.by_class):
-            _count(self.counts[n], x[:, 0], pixels)
+            _count(self.counts[images], x[:, 0], pixels)
         if problem.potential is not None:
-            w = self._map("weights", k)
+            w, weights = self._map("weights", k), None
             if self.weights is not None and w is None:
-                w = self.weights[n]
-            found = _settle(self.source, k, p, log_p, pixels, problem, w, sums, spare)
+                weights = self.weights[images]
+            found = _settle(self.source, k, p, log_p, pixels, problem, weights, sums, spare, w)
             if phi is not None:
                 phi.copy_(found)
 
     def _do_own(
-        self, n: int, k: int, x: Tensor, spare: Tensor, pixels: _Pixels
+        self, images: slice, k: int, x: Tensor, spare: Tensor, pixels: _Pixels
     ) -> tuple[Tensor, Tensor]:
         """Settle the guide's own problem; its probabilities, and a buffer that is spare then."""
         own, labels = self.own, self._map("own labels", k)
@@ -250,9 +251,8 @@ class _Pass:
             pixels = _given(labels, pixels, own.problem, self.classes)
         p, log_p = _probabilities(x, own.problem, spare)
         spare = spare if p is x else x
-        w = own.weights[n].to(self.dtype)
-        sums = self.own_sums[n]
-        _settle(self.heads[1], k, p, log_p, pixels, own.problem, w, sums, spare)
+        weights, sums = own.weights[images].to(self.dtype), self.own_sums[images]
+        _settle(self.heads[1], k, p, log_p, pixels, own.problem, weights, sums, spare)
         return p, spare
 
     def _map(self, name: str, k: int) -> Tensor | None:
@@ -271,27 +271,31 @@ def _settle(
     weights: Tensor | None,
     sums: Tensor,
     spare: Tensor,
+    w: Tensor | None = None,
 ) -> Tensor:
-    """phi of block k (R, B), added to the sums of its image; with weights, the slope deposited.
+    """phi of block k (R, B), added to the sums of its images (images, bins).
 
-    weights: of the bins (bins,), or of the pixels (R, B), whose sum nobody wants.
+    With weights of the bins (images, bins), or w of the pixels (R, B), whose sum nobody wants,
+    the slope is deposited.
     """
     y, counted, strange = pixels
-    phi, slope, factor = _potential(p, log_p, pixels, problem, weights is not None, spare)
+    sloped = weights is not None or w is not None
+    phi, slope, factor = _potential(p, log_p, pixels, problem, sloped, spare)
     if counted is not None:
         if not math.isfinite(phi.sum().item()):
             # Times 0, what is no number would still be none.
             slope.masked_fill_(~counted.unsqueeze(1), 0)
         phi = phi.where(counted, 0)
-    if weights is None:
+    if weights is not None:
+        if weights.shape[1] == 1 or y is None:
+            w = weights
+            sums += w * _of_images(phi, sums).sum(1, keepdim=True)
+        else:
+            w = _look_up(weights, y)
+            sums += _of_images(w * phi, sums).sum(1, keepdim=True)
+    if w is None:
         _add_to_bins(sums, phi, y)
         return phi
-    w = weights
-    if weights.dim() == 1 and weights.shape[0] == 1:
-        sums.add_(phi.sum(), alpha=weights.item())
-    elif weights.dim() == 1 and y is not None:
-        w = _look_up(weights, y)
-        sums += (w * phi).sum()
     if counted is not None:
         w = w.where(counted, 0)
     if strange:
@@ -439,31 +443,53 @@ def _potential(
 
 
 def _count(counts: Tensor, like: Tensor, pixels: _Pixels) -> None:
-    """Add to the counts of an image's bins the pixels of a block; like: a map of them."""
-    y, counted, _ = pixels
-    if len(counts) == 1 or y is None:
-        counts += like.numel() if counted is None else counted.sum()
+    """Add the pixels of a block to the counts of its images (images, bins); like: a map of them."""
+    (images, bins), (y, counted, _) = counts.shape, pixels
+    if bins == 1 or y is None:
+        if counted is None:
+            counts += like.numel() // images
+        else:
+            counts += _of_images(counted, counts).sum(1, keepdim=True)
         return
     # What does not count goes into one more bin, which is dropped.
-    bins = len(counts)
     y = y if counted is None else y.where(counted, bins)
-    counts += torch.bincount(y.flatten(), minlength=bins + 1)[:bins]
+    found = torch.bincount(_numbered(y, images, bins + 1), minlength=images * (bins + 1))
+    counts += found.view(images, -1)[:, :bins]
 
 
 def _add_to_bins(sums: Tensor, phi: Tensor, y: Tensor | None) -> None:
-    if len(sums) == 1 or y is None:
-        sums += phi.sum()
-    else:
-        sums += torch.bincount(y.flatten(), phi.flatten().to(sums.dtype), minlength=len(sums))
+    images, bins = sums.shape
+    if bins == 1 or y is None:
+        sums += _of_images(phi, sums).sum(1, keepdim=True)
+        return
+    bin_of = _numbered(y, images, bins)
+    found = torch.bincount(bin_of, phi.flatten().to(sums.dtype), minlength=sums.numel())
+    sums += found.view(images, -1)
 
 
 def _look_up(weights: Tensor, y: Tensor) -> Tensor:
-    """Each pixel's weight, from those of the bins (bins,) of its image."""
-    return weights.index_select(0, y.flatten()).view_as(y)
+    """Each pixel's weight, from those of the bins of its image (images, bins)."""
+    return weights.flatten().index_select(0, _numbered(y, *weights.shape)).view_as(y)
+
+
+def _of_images(pixels: Tensor, images: Tensor) -> Tensor:
+    """A map of a block (R, B) as (images, pixels of each)."""
+    return pixels.reshape(len(images), -1)
+
+
+def _numbered(y: Tensor, images: int, bins: int) -> Tensor:
+    """The bins of a block's pixels, flat, numbered throughout all of its images."""
+    if images == 1:
+        return y.flatten()
+    first = torch.arange(0, images * bins, bins, device=y.device).unsqueeze(1)
+    return (y.reshape(images, -1) + first).flatten()
 
 
 class _Whole:
-    """Logits that have the resolution of the result; a block is a range of the first axis."""
+    """Logits that have the resolution of the result.
+
+    A block is a range of the first axis of one image, or several whole images.
+    """
 
     def __init__(
         self,
@@ -484,37 +510,41 @@ class _Whole:
         self.classes, rest = 2 if problem.binary else z.shape[1], math.prod(self.z.shape[3:])
         step = max(1, elements // (self.classes * max(rest, 1)))
         self.slices = [slice(i, min(i + step, self.length)) for i in range(0, self.length, step)]
-        self.buffer = z.new_empty(self.classes * min(step, self.length) * rest, dtype=dtype)
-        self.n = 0
+        self.group = min(max(1, step // max(self.length, 1)), max(len(z), 1))
+        most = self.group * min(step, self.length)
+        self.buffer = z.new_empty(self.classes * most * rest, dtype=dtype)
+        self.images = slice(0)
 
-    def start(self, n: int) -> None:
-        """Turn to image n."""
-        self.n = n
+    def start(self, images: slice) -> None:
+        """Turn to the next images, as many as a block holds."""
+        self.images = images
 
     def pixels(self, rows: Tensor, k: int) -> Tensor:
         """Block k of a map as (R, B)."""
-        return rows[self.n, self.slices[k]].reshape(1, -1)
+        block = rows[self.images, self.slices[k]]
+        return block.reshape(len(block), -1)
 
     def look(self, k: int) -> Tensor:
         """Block k of the logits (R, C, B), to be read only."""
         if self.binary or self.z.dim() > 3 or self.z.dtype != self.buffer.dtype:
             return self.load(k)
-        return self.z[self.n : self.n + 1, :, self.slices[k]]
+        return self.z[self.images, :, self.slices[k]]
 
     def load(self, k: int) -> Tensor:
         """Block k of the logits (R, C, B), in a buffer that may be overwritten."""
-        block = self.z[self.n, :, self.slices[k]]
-        x = self.buffer[: self.classes * block[0].numel()].view(1, self.classes, -1)
-        x[0, : len(block)].view(block.shape).copy_(block)
+        block = self.z[self.images, :, self.slices[k]]
+        images, channels = block.shape[:2]
+        x = self.buffer[: self.classes * block[:, 0].numel()].view(images, self.classes, -1)
+        x[:, :channels].view(block.shape).copy_(block)
         return _complete(x, self.from_logits) if self.binary else x
 
     def deposit(self, slope: Tensor, w: Tensor, factor: float, k: int) -> None:
         """Write the slope of block k, times w and factor, into the gradient."""
         assert self.slope_rows is not None
         w = w * factor
-        out = self.slope_rows[self.n, :, self.slices[k]]
-        slope = _channels(slope, self.binary, self.from_logits)[0].view(out.shape)
-        w = w.view(out.shape[1:]) if w.dim() == 2 else w
+        out = self.slope_rows[self.images, :, self.slices[k]]
+        slope = _channels(slope, self.binary, self.from_logits).view(out.shape)
+        w = w.view(len(out), 1, *(out.shape[2:] if w.shape[1] > 1 else [1] * (out.dim() - 2)))
         if slope.dtype == out.dtype:
             torch.mul(slope, w, out=out)
         else:
@@ -542,7 +572,7 @@ class _Upsampled:
     ) -> None:
         assert problem.size is not None
         self.binary, self.from_logits = problem.binary, problem.from_logits
-        self.z, self.dtype = z, dtype
+        self.z, self.dtype, self.group = z, dtype, 1
         self.classes, channels = 2 if problem.binary else z.shape[1], z.shape[1]
         (self.length, self.width), (height, width) = problem.size, z.shape[2:]
         step = max(1, elements // (self.classes * self.width)) if banded else 1
@@ -560,9 +590,9 @@ class _Upsampled:
         self.slope = torch.zeros_like(z, dtype=dtype) if sloped else None
         self.n, self.strip = 0, slice(0)
 
-    def start(self, n: int) -> None:
-        """Turn to image n."""
-        self.n, self.strip = n, slice(0)
+    def start(self, images: slice) -> None:
+        """Turn to an image."""
+        self.n, self.strip = images.start, slice(0)
 
     def pixels(self, rows: Tensor, k: int) -> Tensor:
         """Block k of a map as (R, B)."""
@@ -590,10 +620,10 @@ class _Upsampled:
     def deposit(self, slope: Tensor, w: Tensor, factor: float, k: int) -> None:
         """Add the slope of block k, times w and factor, to that of the rows it came from."""
         assert self.wide_slope is not None
-        if w.dim() == 2:
-            slope = slope.mul_(w.unsqueeze(1))
+        if w.numel() == 1:
+            factor *= w.item()
         else:
-            factor *= float(w)
+            slope = slope.mul_(w.unsqueeze(1))
         slope = _channels(slope, self.binary, self.from_logits).flatten(1)
         weights = self.row_bands[k].weights.t()
         self._of_strip(self.wide_slope, k).addmm_(weights, slope, alpha=factor)
