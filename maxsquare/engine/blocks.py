@@ -139,10 +139,10 @@ class _Pass:
         own: Own | None = None,
     ) -> None:
         potential, classes = problem.potential, 2 if problem.binary else z.shape[1]
-        self.problem, self.classes, self.per_pixel, self.own = problem, classes, per_pixel, own
+        self.problem, self.classes = problem, classes
         self.dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         self.predicts = labels is None and (problem.by_class or not isinstance(potential, Tsallis))
-        self.sloped = weights is not None
+        sloped = weights is not None
         # Nothing but the largest logits is wanted.
         self.looks = potential is None and problem.threshold is None and labels is None
 
@@ -151,70 +151,78 @@ class _Pass:
         spares = 2 if isinstance(potential, Label) and self.predicts and guide is None else 1
         # Full-resolution logits that are only looked at need no buffer.
         buffers = spares if self.looks and problem.size is None else spares + len(tensors)
-        sloped = self.sloped, own is not None
-        self.heads = _heads(tensors, problem, self.dtype, buffers, sloped)
+        self.heads = _heads(tensors, problem, self.dtype, buffers, (sloped, own is not None))
         self.source = self.heads[0]
-        # Made once: fresh memory for every block would cost more than the arithmetic on it.
-        self.spares = [torch.empty_like(self.source.buffer) for _ in range(spares)]
+        memory = self.source.room.memory
+        self.spares = [_Room(torch.empty_like(memory)) for _ in range(spares)]
 
         shape = (len(z), *(z.shape[2:] if problem.size is None else problem.size))
         self.images = len(z) if math.prod(shape) else 0
         bins = classes if problem.by_class else 1
-        self.sums = z.new_zeros(len(z), 1 if self.sloped else bins, dtype=torch.float64)
+        self.sums = z.new_zeros(len(z), 1 if sloped else bins, dtype=torch.float64)
         self.counts = z.new_zeros(len(z), bins, dtype=torch.long)
-        self.own_sums = torch.zeros_like(self.sums[:, :1])
+        everything = bins == 1 and not self.predicts and labels is None and valid is None
+        if everything:
+            self.counts += math.prod(shape[1:])
+        # Weights of classes are made of counts: nobody asks again.
+        self.counting = not everything and not (sloped and problem.by_class)
         self.y = self.phi = None
-        if self.predicts and not self.sloped:
+        if self.predicts and not sloped:
             self.y = z.new_empty(shape, dtype=index_dtype(classes))
-        if per_pixel and not self.sloped:
+        if per_pixel and not sloped:
             self.phi = z.new_empty(shape, dtype=self.dtype)
-        self.weights = None if weights is None else weights.to(self.dtype)
+        maps = {
+            "y": self.y,
+            "phi": self.phi,
+            "labels": labels,
+            "own labels": own and own.labels,
+            "valid": valid,
+            "weights": weights if per_pixel else None,
+        }
         self.maps = {
             name: _rows(pixels, self.source.length)
-            for name, pixels in {
-                "y": self.y,
-                "phi": self.phi,
-                "labels": labels,
-                "own labels": own and own.labels,
-                "valid": valid,
-                "weights": self.weights if per_pixel else None,
-            }.items()
+            for name, pixels in maps.items()
             if pixels is not None
         }
+        self.task = _Task(self.source, problem, self.sums, None if per_pixel else weights)
+        self.own = own
+        if own is not None:
+            own_sums = torch.zeros_like(self.sums)
+            self.own_task = _Task(self.heads[1], own.problem, own_sums, own.weights)
 
     def run(self) -> Swept:
         """What is found of the first head."""
-        order = range(len(self.source.slices))
-        if self.sloped and self.problem.size is None:
-            # Backwards: what a pass before this one has read last may still be in a cache.
-            order = order[::-1]
-        for start in range(0, self.images, self.source.group):
-            images = slice(start, min(start + self.source.group, self.images))
-            for head in self.heads:
-                head.start(images)
-            for k in order:
-                self._do_block(images, k)
-            for head in self.heads:
-                head.finish()
-        return Swept(self.sums.to(self.dtype), self.counts, self.y, self.phi, self.source.slope)
+        tasks = [self.task] if self.own is None else [self.task, self.own_task]
+        for first in range(0, self.images, self.source.group):
+            images = slice(first, min(first + self.source.group, self.images))
+            for part in (*self.heads, *tasks):
+                part.start(images)
+            counts = self.counts[images]
+            maps = {name: self.source.pixels(rows) for name, rows in self.maps.items()}
+            for k in self.source.order:
+                self._do_block(k, counts, {name: blocks[k] for name, blocks in maps.items()})
+            for part in (*self.heads, *tasks):
+                part.finish()
+        sums = self.sums.to(self.dtype)
+        return Swept(sums, self.counts, self.y, self.phi, self.source.slope)
 
     def own_swept(self) -> Swept:
         """What was found of a guide with a problem of its own."""
         assert self.own is not None
-        own_sums = self.own_sums.to(self.dtype)
-        return Swept(own_sums, self.own.counts, None, None, self.heads[1].slope)
+        sums = self.own_task.sums.to(self.dtype)
+        return Swept(sums, self.own.counts, None, None, self.heads[1].slope)
 
-    def _do_block(self, images: slice, k: int) -> None:
-        problem, sums = self.problem, self.sums[images]
-        x, *guides = (head.look(k) if self.looks else head.load(k) for head in self.heads)
-        spare, other = (self.spares[i][: x.numel()].view_as(x) for i in (0, -1))
-        pixels = _Pixels(None, self._map("valid", k), False)
-        labels = self._map("labels", k)
-        if labels is not None:
-            pixels = _given(labels, pixels, problem, self.classes)
+    def _do_block(self, k: int, counts: Tensor, maps: dict[str, Tensor]) -> None:
+        """counts: of the images at hand; maps: the block's part of each."""
+        problem = self.problem
+        x, *guides = [head.look(k) if self.looks else head.load(k) for head in self.heads]
+        spare, other = self.spares[0].of(x.shape), self.spares[-1].of(x.shape)
+        pixels = _Pixels(None, maps.get("valid"), False)
+        if "labels" in maps:
+            pixels = _given(maps["labels"], pixels, problem, self.classes)
 
         if self.own is not None:
-            p, spare = self._do_own(images, k, guides[0], spare, pixels)
+            p, spare = self._do_own(k, guides[0], spare, pixels, maps.get("own labels"))
             guides = [p]
         elif guides and problem.from_logits:
             guides = [torch.softmax(guides[0], 1, out=guides[0])]
@@ -228,81 +236,98 @@ class _Pass:
         if self.predicts and problem.threshold is not None:
             pixels = _confident(p, guides, pixels, problem.threshold, other)
 
-        y, phi = self._map("y", k), self._map("phi", k)
-        if y is not None:
-            y.copy_(pixels.narrow())
-        if not (self.sloped and problem.by_class):
-            _count(self.counts[images], x[:, 0], pixels)
+        if "y" in maps:
+            maps["y"].copy_(pixels.narrow())
+        if self.counting:
+            _count(counts, pixels)
         if problem.potential is not None:
-            w, weights = self._map("weights", k), None
-            if self.weights is not None and w is None:
-                weights = self.weights[images]
-            found = _settle(self.source, k, p, log_p, pixels, problem, weights, sums, spare, w)
-            if phi is not None:
-                phi.copy_(found)
+            phi = self.task.settle(k, p, log_p, pixels, spare, maps.get("weights"))
+            if "phi" in maps:
+                maps["phi"].copy_(phi)
 
     def _do_own(
-        self, images: slice, k: int, x: Tensor, spare: Tensor, pixels: _Pixels
+        self, k: int, x: Tensor, spare: Tensor, pixels: _Pixels, labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Settle the guide's own problem; its probabilities, and a buffer that is spare then."""
-        own, labels = self.own, self._map("own labels", k)
-        assert own is not None
+        problem = self.own_task.problem
         if labels is not None:
-            pixels = _given(labels, pixels, own.problem, self.classes)
-        p, log_p = _probabilities(x, own.problem, spare)
+            pixels = _given(labels, pixels, problem, self.classes)
+        p, log_p = _probabilities(x, problem, spare)
         spare = spare if p is x else x
-        weights, sums = own.weights[images].to(self.dtype), self.own_sums[images]
-        _settle(self.heads[1], k, p, log_p, pixels, own.problem, weights, sums, spare)
+        self.own_task.settle(k, p, log_p, pixels, spare)
         return p, spare
 
-    def _map(self, name: str, k: int) -> Tensor | None:
-        """Block k of a map of the pixels, if there is one."""
-        rows = self.maps.get(name)
-        return None if rows is None else self.source.pixels(rows, k)
 
+class _Task:
+    """The sum of a head's potentials, and its slope if there are weights.
 
-def _settle(
-    source: _Whole | _Upsampled,
-    k: int,
-    p: Tensor,
-    log_p: Tensor,
-    pixels: _Pixels,
-    problem: Problem,
-    weights: Tensor | None,
-    sums: Tensor,
-    spare: Tensor,
-    w: Tensor | None = None,
-) -> Tensor:
-    """phi of block k (R, B), added to the sums of its images (images, bins).
-
-    With weights of the bins (images, bins), or w of the pixels (R, B), whose sum nobody wants,
-    the slope is deposited.
+    sums: (images, bins), for the sums to be added to.
+    weights: of the bins (images, bins).
     """
-    y, counted, strange = pixels
-    sloped = weights is not None or w is not None
-    phi, slope, factor = _potential(p, log_p, pixels, problem, sloped, spare)
-    if counted is not None:
-        if not math.isfinite(phi.sum().item()):
-            # Times 0, what is no number would still be none.
-            slope.masked_fill_(~counted.unsqueeze(1), 0)
-        phi = phi.where(counted, 0)
-    if weights is not None:
-        if weights.shape[1] == 1 or y is None:
-            w = weights
-            sums += w * _of_images(phi, sums).sum(1, keepdim=True)
+
+    def __init__(
+        self,
+        head: _Whole | _Upsampled,
+        problem: Problem,
+        sums: Tensor,
+        weights: Tensor | None,
+    ) -> None:
+        self.head, self.problem, self.sums = head, problem, sums
+        self.factor = _factor(problem)
+        # With the factor that slopes lack.
+        self.weights = None if weights is None else weights.to(head.room.memory.dtype) * self.factor
+
+    def start(self, images: slice) -> None:
+        """Turn to images."""
+        self.images, self.found = images, list[Tensor]()
+        self.bin_weights = None if self.weights is None else self.weights[images]
+
+    def settle(
+        self,
+        k: int,
+        p: Tensor,
+        log_p: Tensor,
+        pixels: _Pixels,
+        spare: Tensor,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """phi of block k (R, B), added to the sums; with weights the slope is deposited.
+
+        w: weights of the pixels (R, B), whose sum nobody wants.
+        """
+        y, counted, strange = pixels
+        bin_weights, sums = self.bin_weights, self.sums[self.images]
+        sloped = bin_weights is not None or w is not None
+        phi, slope = _potential(p, log_p, pixels, self.problem, sloped, spare)
+        if counted is not None:
+            if not math.isfinite(phi.sum().item()):
+                # Times 0, what is no number would still be none.
+                slope.masked_fill_(~counted.unsqueeze(1), 0)
+            phi = phi.where(counted, 0)
+        if w is not None:
+            w = w * self.factor
+        elif bin_weights is None:
+            self.found.append(_in_bins(phi, y, sums))
+            return phi
+        elif y is None or bin_weights.shape[1] == 1:
+            w = bin_weights
+            self.found.append(w * _of_images(phi, sums).sum(1, keepdim=True))
         else:
-            w = _look_up(weights, y)
-            sums += _of_images(w * phi, sums).sum(1, keepdim=True)
-    if w is None:
-        _add_to_bins(sums, phi, y)
+            w = _look_up(bin_weights, y)
+            self.found.append(_of_images(w * phi, sums).sum(1, keepdim=True))
+        if counted is not None:
+            w = w.where(counted, 0)
+        if strange:
+            # An index that is no class shows in the gradient as it does in the sum.
+            w = torch.where(phi.isnan(), phi, w)
+        self.head.deposit(slope, w, k)
         return phi
-    if counted is not None:
-        w = w.where(counted, 0)
-    if strange:
-        # An index that is no class shows in the gradient as it does in the sum.
-        w = torch.where(phi.isnan(), phi, w)
-    source.deposit(slope, w, factor, k)
-    return phi
+
+    def finish(self) -> None:
+        """Add up what the blocks of the images have given."""
+        if self.found:
+            found = torch.stack(self.found).sum(0, dtype=self.sums.dtype)
+            self.sums[self.images] = found if self.weights is None else found / self.factor
 
 
 def _rows(pixels: Tensor, length: int) -> Tensor:
@@ -394,8 +419,8 @@ def _range(x: Tensor) -> tuple[float, float]:
 
 def _potential(
     p: Tensor, log_p: Tensor, pixels: _Pixels, problem: Problem, sloped: bool, spare: Tensor
-) -> tuple[Tensor, Tensor, float]:
-    """phi (R, B); if asked for, its slope (R, C, B) and a factor on it.
+) -> tuple[Tensor, Tensor]:
+    """phi (R, B); if asked for, its slope (R, C, B), but for `_factor`.
 
     Overwrites p for cross entropy, all but p for the others.
     """
@@ -406,11 +431,10 @@ def _potential(
         if problem.from_logits:
             t = potential.terms(p, log_p, spare)
             total = t.sum(1)
-            return (
-                potential.constant - total,
-                t.addcmul_(p, total.unsqueeze(1), value=-1) if sloped else t,
-                -q,
-            )
+            if sloped:
+                t.addcmul_(p, total.unsqueeze(1), value=-1)
+            # In its own place: fresh memory for every block costs more than this arithmetic.
+            return torch.sub(potential.constant, total, out=total), t
         # (p L)' = L + p^(q-1), and p^(q-1) = (q - 1) (L - a) + 1.
         t = potential.shifted_log(p, log_p)
         power = (q - 1) * t + (0 if a else 1)
@@ -420,7 +444,7 @@ def _potential(
         slope = power.add_(t)
         if not (a or q == 1):
             slope.add_(1 / (q - 1))
-        return potential.value(p, log_p), slope, -1
+        return potential.value(p, log_p), slope
     assert y is not None
     c = (y.clamp(0, p.shape[1] - 1) if strange else y).unsqueeze(1)
     p_y = p.gather(1, c)
@@ -439,17 +463,26 @@ def _potential(
     phi = phi.squeeze(1)
     if strange:
         phi.masked_fill_((y < 0) | (y >= p.shape[1]), math.nan)
-    return phi, slope, 1
+    return phi, slope
 
 
-def _count(counts: Tensor, like: Tensor, pixels: _Pixels) -> None:
-    """Add the pixels of a block to the counts of its images (images, bins); like: a map of them."""
+def _factor(problem: Problem) -> float:
+    """What the slope that `_potential` gives is to be multiplied by."""
+    if not isinstance(problem.potential, Tsallis):
+        return 1
+    return -problem.potential.q if problem.from_logits else -1
+
+
+def _count(counts: Tensor, pixels: _Pixels) -> None:
+    """Add the pixels of a block to the counts of its images (images, bins)."""
     (images, bins), (y, counted, _) = counts.shape, pixels
+    if counted is None and bins == 1:
+        assert y is not None
+        counts += y.numel() // images
+        return
     if bins == 1 or y is None:
-        if counted is None:
-            counts += like.numel() // images
-        else:
-            counts += _of_images(counted, counts).sum(1, keepdim=True)
+        assert counted is not None
+        counts += _of_images(counted, counts).sum(1, keepdim=True)
         return
     # What does not count goes into one more bin, which is dropped.
     y = y if counted is None else y.where(counted, bins)
@@ -457,14 +490,14 @@ def _count(counts: Tensor, like: Tensor, pixels: _Pixels) -> None:
     counts += found.view(images, -1)[:, :bins]
 
 
-def _add_to_bins(sums: Tensor, phi: Tensor, y: Tensor | None) -> None:
+def _in_bins(phi: Tensor, y: Tensor | None, sums: Tensor) -> Tensor:
+    """phi of a block, added up in the bins of its images, like their sums (images, bins)."""
     images, bins = sums.shape
     if bins == 1 or y is None:
-        sums += _of_images(phi, sums).sum(1, keepdim=True)
-        return
+        return _of_images(phi, sums).sum(1, keepdim=True)
     bin_of = _numbered(y, images, bins)
     found = torch.bincount(bin_of, phi.flatten().to(sums.dtype), minlength=sums.numel())
-    sums += found.view(images, -1)
+    return found.view(images, -1)
 
 
 def _look_up(weights: Tensor, y: Tensor) -> Tensor:
@@ -483,6 +516,22 @@ def _numbered(y: Tensor, images: int, bins: int) -> Tensor:
         return y.flatten()
     first = torch.arange(0, images * bins, bins, device=y.device).unsqueeze(1)
     return (y.reshape(images, -1) + first).flatten()
+
+
+class _Room:
+    """Memory for one block at a time.
+
+    Made once: fresh memory for every block would cost more than the arithmetic on it.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = self.view = memory
+
+    def of(self, shape: tuple[int, ...]) -> Tensor:
+        """The memory, or the beginning of it, in this shape."""
+        if self.view.shape != shape:
+            self.view = self.memory[: math.prod(shape)].view(shape)
+        return self.view
 
 
 class _Whole:
@@ -508,43 +557,51 @@ class _Whole:
         self.slope_rows = self.slope.flatten(2) if self.slope is not None and flat else self.slope
         self.length = self.z.shape[2]
         self.classes, rest = 2 if problem.binary else z.shape[1], math.prod(self.z.shape[3:])
-        step = max(1, elements // (self.classes * max(rest, 1)))
-        self.slices = [slice(i, min(i + step, self.length)) for i in range(0, self.length, step)]
-        self.group = min(max(1, step // max(self.length, 1)), max(len(z), 1))
-        most = self.group * min(step, self.length)
-        self.buffer = z.new_empty(self.classes * most * rest, dtype=dtype)
+        self.step = max(1, elements // (self.classes * max(rest, 1)))
+        self.group = min(max(1, self.step // max(self.length, 1)), max(len(z), 1))
+        most = self.group * min(self.step, self.length)
+        self.room = _Room(z.new_empty(self.classes * most * rest, dtype=dtype))
         self.images = slice(0)
+        order = range(len(range(0, self.length, self.step)))
+        # Backwards: what a pass before this one has read last may still be in a cache.
+        self.order = order[::-1] if sloped else order
 
     def start(self, images: slice) -> None:
-        """Turn to the next images, as many as a block holds."""
+        """Turn to images, as many as a block holds."""
         self.images = images
+        self.blocks = torch.split(self.z[images], self.step, 2)
+        if self.slope_rows is not None:
+            self.slope_blocks = torch.split(self.slope_rows[images], self.step, 2)
 
-    def pixels(self, rows: Tensor, k: int) -> Tensor:
-        """Block k of a map as (R, B)."""
-        block = rows[self.images, self.slices[k]]
-        return block.reshape(len(block), -1)
+    def pixels(self, rows: Tensor) -> list[Tensor]:
+        """The blocks of a map, (R, B) each."""
+        return [block.flatten(1) for block in torch.split(rows[self.images], self.step, 1)]
 
     def look(self, k: int) -> Tensor:
         """Block k of the logits (R, C, B), to be read only."""
-        if self.binary or self.z.dim() > 3 or self.z.dtype != self.buffer.dtype:
+        block = self.blocks[k]
+        if self.binary or block.dim() > 3 or block.dtype != self.room.memory.dtype:
             return self.load(k)
-        return self.z[self.images, :, self.slices[k]]
+        return block
 
     def load(self, k: int) -> Tensor:
         """Block k of the logits (R, C, B), in a buffer that may be overwritten."""
-        block = self.z[self.images, :, self.slices[k]]
-        images, channels = block.shape[:2]
-        x = self.buffer[: self.classes * block[:, 0].numel()].view(images, self.classes, -1)
-        x[:, :channels].view(block.shape).copy_(block)
-        return _complete(x, self.from_logits) if self.binary else x
+        block = self.blocks[k]
+        images, channels, *spatial = block.shape
+        x = self.room.of((images, self.classes, math.prod(spatial)))
+        if self.binary:
+            x[:, :channels].view(block.shape).copy_(block)
+            return _complete(x, self.from_logits)
+        x.view(block.shape).copy_(block)
+        return x
 
-    def deposit(self, slope: Tensor, w: Tensor, factor: float, k: int) -> None:
-        """Write the slope of block k, times w and factor, into the gradient."""
-        assert self.slope_rows is not None
-        w = w * factor
-        out = self.slope_rows[self.images, :, self.slices[k]]
-        slope = _channels(slope, self.binary, self.from_logits).view(out.shape)
-        w = w.view(len(out), 1, *(out.shape[2:] if w.shape[1] > 1 else [1] * (out.dim() - 2)))
+    def deposit(self, slope: Tensor, w: Tensor, k: int) -> None:
+        """Write the slope of block k, times w, into the gradient."""
+        out = self.slope_blocks[k]
+        slope, w = _channels(slope, self.binary, self.from_logits), w.unsqueeze(1)
+        if out.dim() > 3:
+            slope = slope.view(out.shape)
+            w = w.view(len(out), 1, *(out.shape[2:] if w.shape[2] > 1 else [1] * (out.dim() - 2)))
         if slope.dtype == out.dtype:
             torch.mul(slope, w, out=out)
         else:
@@ -580,8 +637,8 @@ class _Upsampled:
         align = problem.align_corners
         self.row_bands = axis_bands(self.length, height, align, step, dtype)
         self.column_bands = axis_bands(self.width, width, align, columns, dtype)
-        self.slices = [band.out for band in self.row_bands]
-        self.buffer = z.new_empty(step * self.classes * self.width, dtype=dtype)
+        self.step, self.order = step, range(len(self.row_bands))
+        self.room = _Room(z.new_empty(step * self.classes * self.width, dtype=dtype))
         self.strips = _strips([band.source for band in self.row_bands])
         rows = max(strip.stop - strip.start for strip in self.strips)
         # The open strip, wide but low: (rows, channels, width of the result).
@@ -594,9 +651,9 @@ class _Upsampled:
         """Turn to an image."""
         self.n, self.strip = images.start, slice(0)
 
-    def pixels(self, rows: Tensor, k: int) -> Tensor:
-        """Block k of a map as (R, B)."""
-        return rows[self.n, self.slices[k]]
+    def pixels(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The blocks of a map, (R, B) each."""
+        return torch.split(rows[self.n], self.step)
 
     def look(self, k: int) -> Tensor:
         """Block k of the logits (R, C, B), to be read only."""
@@ -608,8 +665,7 @@ class _Upsampled:
             self.finish()
             self._open(self.strips[k])
         band, channels = self.row_bands[k], self.wide.shape[1]
-        x = self.buffer[: len(band.weights) * self.classes * self.width]
-        x = x.view(-1, self.classes, self.width)
+        x = self.room.of((len(band.weights), self.classes, self.width))
         low = self._of_strip(self.wide, k)
         if not self.binary:
             torch.mm(band.weights, low, out=x.flatten(1))
@@ -617,11 +673,12 @@ class _Upsampled:
         x[:, :channels] = (band.weights @ low).view(-1, channels, self.width)
         return _complete(x, self.from_logits)
 
-    def deposit(self, slope: Tensor, w: Tensor, factor: float, k: int) -> None:
-        """Add the slope of block k, times w and factor, to that of the rows it came from."""
+    def deposit(self, slope: Tensor, w: Tensor, k: int) -> None:
+        """Add the slope of block k, times w, to that of the rows it came from."""
         assert self.wide_slope is not None
+        factor = 1.0
         if w.numel() == 1:
-            factor *= w.item()
+            factor = w.item()
         else:
             slope = slope.mul_(w.unsqueeze(1))
         slope = _channels(slope, self.binary, self.from_logits).flatten(1)
