@@ -513,7 +513,13 @@ def test_large_results_have_the_layout_of_the_logits(
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages to ask for"
 )
-def test_large_results_ask_for_huge_pages() -> None:
+@pytest.mark.parametrize(
+    "patience,flag", [(torch.inf, "hg"), (-1, "nh")], ids=["as fast as can be", "slow"]
+)
+def test_large_results_ask_for_huge_pages_until_they_come_slowly(
+    monkeypatch: pytest.MonkeyPatch, patience: float, flag: str
+) -> None:
+    monkeypatch.setattr(memory, "PATIENCE_SECONDS", patience)
     # Above 32 MiB the C library maps a tensor by itself.
     out = memory.empty_like(torch.empty(2**24))
     middle, start, stop = out.data_ptr() + out.nbytes // 2, 0, 0
@@ -521,7 +527,7 @@ def test_large_results_ask_for_huge_pages() -> None:
         if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
             start, stop = (int(end, 16) for end in line.split()[0].split("-"))
         elif line.startswith("VmFlags") and start <= middle < stop:
-            assert "hg" in line.split()
+            assert flag in line.split()
             return
     raise AssertionError("the tensor is nowhere")
 

@@ -11,29 +11,39 @@ import ctypes
 import functools
 import mmap
 import sys
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 HUGE_PAGE = 2**21
-# Beyond, small pages: the hosts of some virtual machines take back free memory in huge pages,
-# and a result that finds hundreds of them gone takes longer than it would in small ones.
-MOST_BYTES = 2**28
+# What 512 small pages cost. Huge ones take a tenth of that; but hosts of virtual machines take
+# back free memory in huge pages, and to get one from the host again takes up to ten times that.
+SLOW_SECONDS = 5e-4
+# So many slow ones are put up with: an interruption is not a host.
+PATIENCE_SECONDS = 4e-3
 
 
 def empty_like(z: Tensor) -> Tensor:
     """`torch.empty_like`, in huge pages where it fills several and the system has them."""
     out = torch.empty_like(z)
     start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = out.data_ptr() + out.numel() * out.itemsize - start
+    stop = out.data_ptr() + out.numel() * out.itemsize
     advise = _madvise()
-    if advise is not None and 2 * HUGE_PAGE <= length <= MOST_BYTES:
+    if advise is not None and stop - start >= 2 * HUGE_PAGE:
         # Advice: where it is not taken, the small pages are as good as ever.
-        advise(start, length, mmap.MADV_HUGEPAGE)
+        advise(start, stop - start, mmap.MADV_HUGEPAGE)
         # Touched here, by one thread: two that meet in a page would both zero one of their own.
         step = HUGE_PAGE // out.itemsize
-        out.as_strided((out.numel() // step,), (step,)).zero_()
+        touched = out.as_strided((out.numel() // step,), (step,))
+        began = time.perf_counter()
+        for k, element in enumerate(torch.split(touched, 1)):
+            element.zero_()
+            if time.perf_counter() - began > PATIENCE_SECONDS + k * SLOW_SECONDS:
+                rest = start + (k + 1) * HUGE_PAGE
+                advise(rest, max(stop - rest, 0), mmap.MADV_NOHUGEPAGE)
+                break
     return out
 
 
