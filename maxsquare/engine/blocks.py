@@ -153,8 +153,8 @@ class _Pass:
         buffers = spares if self.looks and problem.size is None else spares + len(tensors)
         self.heads = _heads(tensors, problem, self.dtype, buffers, (sloped, own is not None))
         self.source = self.heads[0]
-        memory = self.source.room.memory
-        self.spares = [_Room(torch.empty_like(memory)) for _ in range(spares)]
+        like = self.source.room.memory
+        self.spares = [_Room(torch.empty_like(like)) for _ in range(spares)]
 
         shape = (len(z), *(z.shape[2:] if problem.size is None else problem.size))
         self.images = len(z) if math.prod(shape) else 0
@@ -261,7 +261,7 @@ class _Pass:
 class _Task:
     """The sum of a head's potentials, and its slope if there are weights.
 
-    sums: (images, bins), for the sums to be added to.
+    sums: (images, bins), which it fills.
     weights: of the bins (images, bins).
     """
 
@@ -279,7 +279,8 @@ class _Task:
 
     def start(self, images: slice) -> None:
         """Turn to images."""
-        self.images, self.found = images, list[Tensor]()
+        self.images = images
+        self.found: list[Tensor] = []
         self.bin_weights = None if self.weights is None else self.weights[images]
 
     def settle(
@@ -616,6 +617,9 @@ class _Upsampled:
 
     A strip of low-resolution rows is interpolated along the columns, then block by block along
     the rows. The gradient goes the same way back.
+
+    banded: several rows, or columns, are interpolated at once.
+    clamped: there may be logits below the lowest.
     """
 
     def __init__(
@@ -624,12 +628,13 @@ class _Upsampled:
         problem: Problem,
         dtype: torch.dtype,
         banded: bool,
+        clamped: bool,
         elements: int,
         sloped: bool,
     ) -> None:
         assert problem.size is not None
         self.binary, self.from_logits = problem.binary, problem.from_logits
-        self.z, self.dtype, self.group = z, dtype, 1
+        self.z, self.dtype, self.clamped, self.group = z, dtype, clamped, 1
         self.classes, channels = 2 if problem.binary else z.shape[1], z.shape[1]
         (self.length, self.width), (height, width) = problem.size, z.shape[2:]
         step = max(1, elements // (self.classes * self.width)) if banded else 1
@@ -693,13 +698,14 @@ class _Upsampled:
         for band in self.column_bands:
             wide = self.wide_slope[: len(narrow), :, band.out]
             narrow[..., band.source] += wide @ band.weights
-        # Where the logits are held constant.
-        narrow.masked_fill_(self.z[self.n, :, self.strip].transpose(0, 1) < LOWEST_LOGIT, 0)
+        if self.clamped:
+            # Where the logits are held constant.
+            narrow.masked_fill_(self.z[self.n, :, self.strip].transpose(0, 1) < LOWEST_LOGIT, 0)
 
     def _open(self, strip: slice) -> None:
         self.strip = strip
         narrow = self.z[self.n, :, strip].to(self.dtype).transpose(0, 1)
-        if self.from_logits:
+        if self.clamped:
             narrow = narrow.clamp_min(LOWEST_LOGIT)
         for band in self.column_bands:
             self.wide[: len(narrow), :, band.out] = narrow[..., band.source] @ band.weights.t()
@@ -737,9 +743,13 @@ def _heads(
     room = UPSAMPLED_BYTES_PER_THREAD if upsampled else CACHE_BYTES_PER_THREAD
     elements = room * torch.get_num_threads() // (buffers * dtype.itemsize)
     if upsampled:
+        ranges = [_range(z) if z.numel() else (0.0, 0.0) for z in heads]
         # In a band of several rows 0 times NaN would reach pixels that the NaN does not touch.
-        banded = all(bool((z < math.inf).all()) for z in heads)
-        return [_Upsampled(z, problem, dtype, banded, elements, sloped) for z, sloped in pairs]
+        banded = all(most < math.inf for _, most in ranges)
+        clamped = problem.from_logits and not all(least >= LOWEST_LOGIT for least, _ in ranges)
+        return [
+            _Upsampled(z, problem, dtype, banded, clamped, elements, sloped) for z, sloped in pairs
+        ]
     flat = all(is_flat(z.shape, z.stride()) for z in heads)
     return [_Whole(z, problem, dtype, flat, elements, sloped) for z, sloped in pairs]
 
