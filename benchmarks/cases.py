@@ -96,6 +96,10 @@ class Case(NamedTuple):
         return self.batch * self.classes * math.prod(self.size)
 
     @property
+    def heads(self) -> int:
+        return 2 if self.loss == "multi_level" else 1
+
+    @property
     def logits_bytes(self) -> int:
         return self.logits * DTYPES[self.dtype].itemsize
 
@@ -123,7 +127,7 @@ def make_inputs(case: Case) -> Inputs:
     """Logits as of a half-trained network: some pixels are certain, most are not."""
     generator = torch.Generator(case.device).manual_seed(0)
     heads = []
-    for _ in range(2 if case.loss == "multi_level" else 1):
+    for _ in range(case.heads):
         shape = (case.batch, case.classes, *case.given_size)
         head = torch.empty(shape, dtype=DTYPES[case.dtype], device=case.device)
         heads.append(head.normal_(std=4, generator=generator).requires_grad_())

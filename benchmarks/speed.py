@@ -4,7 +4,8 @@
     python benchmarks/speed.py           # the whole grid, as far as memory and --minutes allow
 
 All competitors run in one process in interleaved rounds, so that whatever else the machine does
-meets each of them. Ratios are of medians; their range is the quartiles of the rounds' ratios.
+meets each of them; all cases of the headline are interleaved too. Ratios are of medians; their
+range is the quartiles of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from matplotlib.figure import Figure
@@ -32,6 +33,8 @@ from cases import COMPILED, CROSS_ENTROPY, NOT_IMAGE_WISE, OURS, PLAIN, PUBLISHE
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from uda import report
 from uda.errors import UserError
+
+Key = TypeVar("Key")
 
 QUESTION = (
     "How long do value and gradient of a target loss take: against what one would write "
@@ -74,7 +77,7 @@ class Options:
     rounds: int = 25
     """Rounds of a case at most."""
     seconds: float = 8.0
-    """Time for the rounds of a case, of which at least three run."""
+    """Time for the rounds of a case, of which at least three run; the headline's share theirs."""
     slowest: float = 5.0
     """Competitors that are expected to take more seconds than this a call are left out."""
     minutes: float = 45.0
@@ -175,13 +178,17 @@ def run(options: Options, console: Console) -> None:
     machine = measure_machine(device)
 
     timed: list[Timed] = []
-    for case in grid(options, device):
+    headline_cases = grid(replace(options, quick=True), device)
+    other_cases = grid(options, device)[len(headline_cases) :]
+    for group in [headline_cases, *([case] for case in other_cases)]:
         if timed and time.perf_counter() - began > 60 * options.minutes:
             late = f"--minutes {options.minutes:g} are over"
-            timed.append(Timed(case, [], {"all": late}))
+            found = [Timed(case, [], {"all": late}) for case in group]
         else:
-            timed.append(time_case(case, timed, machine, options))
-        print_case(timed[-1], console)
+            found = time_cases(group, timed, machine, options)
+        for result in found:
+            print_case(result, console)
+        timed += found
     scalings = [
         measure_scaling(timed[0].case._replace(upsampled=upsampled), axis, options)
         for axis in ("pixels", "classes")
@@ -204,9 +211,8 @@ def run(options: Options, console: Console) -> None:
     }
     stem = stem_of(options, device)
     cases.save_json(document, options.out / f"{stem}-{device}.json")
-    headline = [t for t in timed if t.case in grid(replace(options, quick=True), device)]
     for name, figure in {
-        stem: plot_headline(headline),
+        stem: plot_headline(timed[: len(headline_cases)]),
         f"{stem}-grid": plot_grid(timed),
         f"{stem}-scaling": plot_scaling(scalings),
     }.items():
@@ -239,12 +245,39 @@ def stem_of(options: Options, device: str) -> str:
     return "speed" if grid(options, device) == grid(Options(), device) else "speed-part"
 
 
-def time_case(case: Case, earlier: list[Timed], machine: Machine, options: Options) -> Timed:
-    """Time the competitors for which there is memory and patience."""
+def time_cases(
+    group: Sequence[Case], earlier: list[Timed], machine: Machine, options: Options
+) -> list[Timed]:
+    """Time the competitors of some cases, all of them interleaved."""
+    if options.compile:
+        torch.compiler.reset()
+    contests = [prepare(case, earlier, options) for case in group]
+    runs = {
+        (number, name): run
+        for number, (runs_of_case, _) in enumerate(contests)
+        for name, run in runs_of_case.items()
+    }
+    samples = measure(
+        runs, group[0].device, rounds=options.rounds, seconds=options.seconds * len(group)
+    )
+    timed = []
+    for number, (case, (runs_of_case, skipped)) in enumerate(zip(group, contests, strict=True)):
+        times = {name: samples[number, name] for name in runs_of_case}
+        if times:
+            for name, seconds in floors(case, machine).items():
+                times[name] = [seconds] * len(times[OURS])
+        rows = [make_row(name, t, times[OURS]) for name, t in times.items()]
+        timed.append(Timed(case, rows, skipped))
+    return timed
+
+
+def prepare(
+    case: Case, earlier: list[Timed], options: Options
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The competitors for which there is memory and patience, and why others are left out."""
     losses = cases.competitors(case)
     skipped = {}
     if options.compile:
-        torch.compiler.reset()
         losses[COMPILED] = torch.compile(losses.get(PLAIN, losses[CROSS_ENTROPY]), dynamic=False)
     else:
         skipped[COMPILED] = "--no-compile"
@@ -255,10 +288,10 @@ def time_case(case: Case, earlier: list[Timed], machine: Machine, options: Optio
         elif expected > 1000 * options.slowest:
             skipped[name] = f"would take about {expected / 1000:.0f} s a call"
     if OURS in skipped:
-        return Timed(case, [], skipped)
+        return {}, skipped
 
     inputs = cases.make_inputs(case)
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         name: partial(cases.value_and_gradient, loss_of, inputs)
         for name, loss_of in losses.items()
         if name not in skipped
@@ -270,16 +303,12 @@ def time_case(case: Case, earlier: list[Timed], machine: Machine, options: Optio
             del runs[COMPILED]
             first_line = str(error).strip().split("\n")[0]
             skipped[COMPILED] = f"{type(error).__name__}: {first_line}"
-    samples = measure(runs, case.device, rounds=options.rounds, seconds=options.seconds)
-    rows = [make_row(name, times, samples[OURS]) for name, times in samples.items()]
-    for name, seconds in floors(case, machine, len(inputs.heads)).items():
-        rows.append(make_row(name, [seconds] * len(samples[OURS]), samples[OURS]))
-    return Timed(case, rows, skipped)
+    return runs, skipped
 
 
 def measure(
-    runs: Mapping[str, Callable[[], object]], device: str, *, rounds: int, seconds: float
-) -> dict[str, list[float]]:
+    runs: Mapping[Key, Callable[[], object]], device: str, *, rounds: int, seconds: float
+) -> dict[Key, list[float]]:
     """Seconds of a call, one sample a round; the order rotates from round to round."""
 
     def sample(run: Callable[[], object], calls: int) -> float:
@@ -294,12 +323,12 @@ def measure(
     for name, run in runs.items():
         run()
         calls[name] = math.ceil(SHORTEST_SAMPLE / sample(run, 1))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[Key, list[float]] = {name: [] for name in runs}
     names, end = list(runs), time.perf_counter() + seconds
     for number in range(rounds):
         if number >= MIN_ROUNDS and time.perf_counter() > end:
             break
-        first = number % len(names)
+        first = number % max(len(names), 1)
         for name in names[first:] + names[:first]:
             samples[name].append(sample(runs[name], calls[name]))
     return samples
@@ -355,11 +384,11 @@ def measure_machine(device: str) -> Machine:
     )
 
 
-def floors(case: Case, machine: Machine, heads: int) -> dict[str, float]:
+def floors(case: Case, machine: Machine) -> dict[str, float]:
     """Seconds to read the given logits twice and write their gradient, and of one exp a logit."""
-    found = {BYTES_FLOOR: 3 * heads * case.given_bytes / machine.copied_bytes}
+    found = {BYTES_FLOOR: 3 * case.heads * case.given_bytes / machine.copied_bytes}
     if machine.exponentials is not None:
-        found[EXP_FLOOR] = heads * case.logits / machine.exponentials
+        found[EXP_FLOOR] = case.heads * case.logits / machine.exponentials
     return found
 
 

@@ -206,6 +206,26 @@ def test_rounds_interleave_and_rotate() -> None:
     assert "".join(firsts).endswith("abcbcacab")
 
 
+def test_the_cases_of_the_headline_share_their_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = [Case("max_square", 3, 8), Case("cross_entropy", 3, 8)]
+    competitors = [[*cases.competitors(case)] for case in group]
+    taken: list[tuple[int, str]] = []
+
+    def measure(runs: dict[Any, Any], *_: object, **limits: float) -> dict[Any, list[float]]:
+        taken.extend(runs)
+        assert limits == {"rounds": 3, "seconds": 14}
+        return {key: [1.0 + key[0]] for key in runs}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "quartiles", lambda values: (values[0], values[0]))
+    options = Options(compile=False, rounds=3, seconds=7)
+    timed = speed.time_cases(group, [], speed.Machine(1e9, None), options)
+    assert taken == [(n, name) for n, names in enumerate(competitors) for name in names]
+    for n, (result, case) in enumerate(zip(timed, group, strict=True)):
+        assert result.case == case
+        assert [row.ms for row in result.rows[:-1]] == [1000 * (n + 1)] * len(competitors[n])
+
+
 def test_what_does_not_fit_or_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     case, machine = Case("max_square", classes=3, height=8), speed.Machine(1e9, None)
     options = Options(compile=False, seconds=0, rounds=3, slowest=2)
@@ -214,7 +234,7 @@ def test_what_does_not_fit_or_takes_too_long_is_left_out(monkeypatch: pytest.Mon
     earlier = Timed(
         case._replace(height=4), [Row(CROSS_ENTROPY, 1000, (0, 0), 1, (1, 1))], skipped={}
     )
-    timed = speed.time_case(case, [earlier], machine, options)
+    (timed,) = speed.time_cases([case], [earlier], machine, options)
     assert timed.skipped == {
         COMPILED: "--no-compile",
         PUBLISHED: "needs about 0 GiB",
@@ -223,7 +243,8 @@ def test_what_does_not_fit_or_takes_too_long_is_left_out(monkeypatch: pytest.Mon
     }
     assert [row.competitor for row in timed.rows] == [OURS, speed.BYTES_FLOOR]
     monkeypatch.setattr(cases, "available_bytes", lambda device: 0)
-    assert speed.time_case(case, [], machine, options).rows == []
+    (timed,) = speed.time_cases([case], [], machine, options)
+    assert timed.rows == []
 
 
 def test_a_compiler_that_fails_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +253,7 @@ def test_a_compiler_that_fails_is_named_and_left_out(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: fail)
     case, options = Case("max_square", classes=3, height=8), Options(seconds=0, rounds=3)
-    timed = speed.time_case(case, [], speed.Machine(1e9, 1e9), options)
+    (timed,) = speed.time_cases([case], [], speed.Machine(1e9, 1e9), options)
     assert timed.skipped == {COMPILED: "RuntimeError: no C++ compiler"}
     assert PLAIN in [row.competitor for row in timed.rows]
 
@@ -242,15 +263,15 @@ def test_cases_after_the_time_limit_are_named(
 ) -> None:
     whole = tmp_path / "speed-cpu.json"
     whole.write_text("of the whole grid")
-    assert speed.main([*TINY, "--quick", "--minutes", "0", "--out", str(tmp_path)]) == 0
+    assert speed.main([*TINY, "--minutes", "0", "--out", str(tmp_path)]) == 0
     assert whole.read_text() == "of the whole grid"
-    document = json.loads((tmp_path / "speed-quick-cpu.json").read_text())
+    document = json.loads((tmp_path / "speed-part-cpu.json").read_text())
     measured = [bool(entry["rows"]) for entry in document["cases"]]
-    assert measured == [True] + [False] * 7
-    assert document["cases"][1]["skipped"] == {"all": "--minutes 0 are over"}
+    assert measured == [True] * 8 + [False] * 2
+    assert document["cases"][8]["skipped"] == {"all": "--minutes 0 are over"}
     output = capsys.readouterr().out
-    assert output.count("all left out: --minutes 0 are over") == 7
-    assert output.rstrip().endswith(f"{tmp_path}/speed-quick*-cpu.*")
+    assert output.count("all left out: --minutes 0 are over") == 2
+    assert output.rstrip().endswith(f"{tmp_path}/speed-part*-cpu.*")
 
 
 def test_claims_are_judged_by_the_ratio_at_their_own_case() -> None:
@@ -284,12 +305,12 @@ def test_exponent_is_that_of_the_cost(axis: str, monkeypatch: pytest.MonkeyPatch
 def test_floors_count_bytes_and_exponentials() -> None:
     machine = speed.Machine(copied_bytes=1e6, exponentials=1e5)
     whole = Case("max_square", classes=2, height=8)
-    assert speed.floors(whole, machine, heads=1) == {
+    assert speed.floors(whole, machine) == {
         speed.BYTES_FLOOR: 3 * (2 * 8 * 16 * 4) / 1e6,
         speed.EXP_FLOOR: 2 * 8 * 16 / 1e5,
     }
-    upsampled = whole._replace(upsampled=True, dtype="bfloat16")
-    assert speed.floors(upsampled, machine, heads=2) == {
+    upsampled = Case("multi_level", classes=2, height=8, upsampled=True, dtype="bfloat16")
+    assert speed.floors(upsampled, machine) == {
         speed.BYTES_FLOOR: 2 * 3 * (2 * 2 * 3 * 2) / 1e6,
         speed.EXP_FLOOR: 2 * 2 * 8 * 16 / 1e5,
     }

@@ -22,7 +22,7 @@ HUGE_PAGE = 2**21
 # back free memory in huge pages, and to get one from the host again takes up to ten times that.
 SLOW_SECONDS = 5e-4
 # So many slow ones are put up with: an interruption is not a host.
-PATIENCE_SECONDS = 4e-3
+PATIENCE_SECONDS = 2e-3
 
 
 def empty_like(z: Tensor) -> Tensor:
