@@ -32,17 +32,17 @@ def empty_like(z: Tensor) -> Tensor:
     stop = out.data_ptr() + out.numel() * out.itemsize
     advise = _madvise()
     if advise is not None and stop - start >= 2 * HUGE_PAGE:
-        # Advice: where it is not taken, the small pages are as good as ever.
-        advise(start, stop - start, mmap.MADV_HUGEPAGE)
         # Touched here, by one thread: two that meet in a page would both zero one of their own.
         step = HUGE_PAGE // out.itemsize
         touched = out.as_strided((out.numel() // step,), (step,))
         began = time.perf_counter()
         for k, element in enumerate(torch.split(touched, 1)):
+            # Advice: where it is not taken, the small pages are as good as ever. The page that
+            # the element lies in begins before it, and ends within the next two.
+            here = start + k * HUGE_PAGE
+            advise(here, min(2 * HUGE_PAGE, stop - here), mmap.MADV_HUGEPAGE)
             element.zero_()
             if time.perf_counter() - began > PATIENCE_SECONDS + k * SLOW_SECONDS:
-                rest = start + (k + 1) * HUGE_PAGE
-                advise(rest, max(stop - rest, 0), mmap.MADV_NOHUGEPAGE)
                 break
     return out
 
