@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import statistics
 import sys
 import time
@@ -309,7 +310,11 @@ def prepare(
 def measure(
     runs: Mapping[Key, Callable[[], object]], device: str, *, rounds: int, seconds: float
 ) -> dict[Key, list[float]]:
-    """Seconds of a call, one sample a round; the order rotates from round to round."""
+    """Seconds of a call, one sample a round.
+
+    Every round has an order of its own: what a call leaves in caches and free memory is not
+    always found by the same other.
+    """
 
     def sample(run: Callable[[], object], calls: int) -> float:
         synchronize(device)
@@ -324,12 +329,11 @@ def measure(
         run()
         calls[name] = math.ceil(SHORTEST_SAMPLE / sample(run, 1))
     samples: dict[Key, list[float]] = {name: [] for name in runs}
-    names, end = list(runs), time.perf_counter() + seconds
+    names, shuffled, end = list(runs), random.Random(0), time.perf_counter() + seconds
     for number in range(rounds):
         if number >= MIN_ROUNDS and time.perf_counter() > end:
             break
-        first = number % max(len(names), 1)
-        for name in names[first:] + names[:first]:
+        for name in shuffled.sample(names, len(names)):
             samples[name].append(sample(runs[name], calls[name]))
     return samples
 

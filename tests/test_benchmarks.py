@@ -197,13 +197,15 @@ def test_grid_holds_the_published_shapes_and_starts_with_the_headline() -> None:
     assert Case("max_square", 19, 1024, upsampled=True).given_size == (129, 257)
 
 
-def test_rounds_interleave_and_rotate() -> None:
+def test_every_round_has_all_competitors_in_an_order_of_its_own() -> None:
     called: list[str] = []
-    runs = {name: lambda name=name: called.append(name) for name in "abc"}
-    samples = speed.measure(runs, "cpu", rounds=3, seconds=60)
-    assert {name: len(times) for name, times in samples.items()} == {"a": 3, "b": 3, "c": 3}
-    firsts = [name for name, _ in itertools.groupby(called)]
-    assert "".join(firsts).endswith("abcbcacab")
+    runs = {name: lambda name=name: called.append(name) for name in "abcd"}
+    samples = speed.measure(runs, "cpu", rounds=6, seconds=60)
+    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abcd", 6)
+    # Twice each before the rounds, to warm up and to see how long it takes.
+    rounds = ["".join(called[start : start + 4]) for start in range(8, 32, 4)]
+    assert len(called) == 32 and all(sorted(order) == [*"abcd"] for order in rounds)
+    assert len(set(rounds)) > 1
 
 
 def test_the_cases_of_the_headline_share_their_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
