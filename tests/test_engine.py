@@ -498,16 +498,72 @@ def test_logits_changed_between_the_passes_are_noticed() -> None:
         sums.sum().backward()
 
 
-@pytest.mark.parametrize("advised", [True, False], ids=["huge pages", "elsewhere"])
+@pytest.mark.parametrize("available", [True, False], ids=["kept memory", "elsewhere"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_large_results_have_the_layout_of_the_logits(
-    monkeypatch: pytest.MonkeyPatch, layout: str, advised: bool
+    monkeypatch: pytest.MonkeyPatch, layout: str, available: bool
 ) -> None:
-    if not advised:
-        monkeypatch.setattr(memory, "_madvise", lambda: None)
+    if not available:
+        monkeypatch.setattr(memory, "AVAILABLE", False)
     z = lay_out(torch.zeros(2, 8, 256, 512), layout)
     out, expected = memory.empty_like(z), torch.empty_like(z)
     assert (out.shape, out.dtype, out.stride()) == (z.shape, z.dtype, expected.stride())
+    assert not out._is_view() and out.is_set_to(out.fill_(1))
+
+
+keeps_memory = pytest.mark.skipif(not memory.AVAILABLE, reason="Linux alone keeps memory")
+
+
+@keeps_memory
+def test_the_memory_of_a_gradient_that_is_gone_serves_the_next_of_its_size() -> None:
+    z = torch.zeros(1, 19, 256, 512, requires_grad=True)
+    loss = MaxSquareLoss()
+
+    def gradient(z: Tensor) -> Tensor:
+        return torch.autograd.grad(loss(z), z)[0]
+
+    first = gradient(z)
+    place, values = first.data_ptr(), first.clone()
+    assert gradient(z).data_ptr() != place
+    row = first[0, 3, 7]
+    del first
+    # A view is enough, in whatever library.
+    assert gradient(z + 1).data_ptr() != place
+    array = row.numpy()
+    del row
+    assert gradient(z + 1).data_ptr() != place
+    assert torch.equal(torch.from_numpy(array), values[0, 3, 7])
+    del array
+    places = [gradient(z).data_ptr() for _ in range(3)]
+    assert place in places and torch.equal(gradient(z), values)
+    gradient(torch.zeros(1, 19, 256, 513, requires_grad=True))
+    assert not memory._kept.get(z.nbytes)
+
+
+@keeps_memory
+def test_gradients_in_kept_memory_are_as_any_others() -> None:
+    z = random_logits((1, 19, 256, 512)).float().requires_grad_()
+    loss = MaxSquareLoss()
+    for _ in range(2):  # accumulated
+        loss(z).backward()
+    assert z.grad is not None
+    (single,) = torch.autograd.grad(loss(z), z)
+    assert_close(z.grad, 2 * single)
+    torch.optim.SGD([z], lr=0.1).zero_grad(set_to_none=False)
+    assert not z.grad.any() and single.any()
+
+
+@keeps_memory
+def test_a_system_that_refuses_advice_gives_memory_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", 9999)
+    monkeypatch.setattr(memory.mmap, "MADV_FREE", 9999)
+    monkeypatch.setattr(memory, "_kept", {})
+    out = memory.empty_like(torch.zeros(2**22)).fill_(1)
+    assert out.sum() == 2**22
+    del out
+    assert not memory._kept
 
 
 @pytest.mark.skipif(
@@ -520,7 +576,7 @@ def test_large_results_ask_for_huge_pages_until_they_come_slowly(
     monkeypatch: pytest.MonkeyPatch, patience: float, advised: bool
 ) -> None:
     monkeypatch.setattr(memory, "PATIENCE_SECONDS", patience)
-    # Above 32 MiB the C library maps a tensor by itself.
+    monkeypatch.setattr(memory, "_kept", {})
     out = memory.empty_like(torch.empty(2**24))
     middle, start, stop = out.data_ptr() + out.nbytes // 2, 0, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():

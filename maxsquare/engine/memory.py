@@ -1,18 +1,18 @@
-"""Fresh memory, which costs more than the arithmetic that fills it.
+"""Memory for gradients as large as the logits, which costs more than the arithmetic that fills it.
 
-The system hands out a large tensor in pages of 4 KiB, each with a fault and a zeroing of its
-own: for a gradient as large as the logits that takes longer than computing it. Linux offers
-pages 512 times as large to whoever asks.
+The system hands out a large tensor in pages of 4 KiB, each with a fault and a zeroing of its own,
+and takes them back with the tensor. Linux offers pages 512 times as large to whoever asks, and
+lets a program keep memory that it gives up until somebody needs it. Here a gradient that is gone
+leaves its memory, marked so, to the next one of its size; one of another size drops it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
 import mmap
-import sys
 import time
-from collections.abc import Callable
+import weakref
 
 import torch
 from torch import Tensor
@@ -24,34 +24,47 @@ SLOW_SECONDS = 5e-4
 # So many slow ones are put up with: an interruption is not a host.
 PATIENCE_SECONDS = 2e-3
 
+# Linux has both.
+AVAILABLE = hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE")
+# Memory that was given up, by its length.
+_kept: dict[int, list[mmap.mmap]] = {}
+
 
 def empty_like(z: Tensor) -> Tensor:
-    """`torch.empty_like`, in huge pages where it fills several and the system has them."""
-    out = torch.empty_like(z)
-    start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = out.data_ptr() + out.numel() * out.itemsize
-    advise = _madvise()
-    if advise is not None and stop - start >= 2 * HUGE_PAGE:
-        # Touched here, by one thread: two that meet in a page would both zero one of their own.
-        step = HUGE_PAGE // out.itemsize
-        touched = out.as_strided((out.numel() // step,), (step,))
-        began = time.perf_counter()
-        for k, element in enumerate(torch.split(touched, 1)):
-            # Advice: where it is not taken, the small pages are as good as ever. The page that
-            # the element lies in begins before it, and ends within the next two.
-            here = start + k * HUGE_PAGE
-            advise(here, min(2 * HUGE_PAGE, stop - here), mmap.MADV_HUGEPAGE)
-            element.zero_()
-            if time.perf_counter() - began > PATIENCE_SECONDS + k * SLOW_SECONDS:
+    """`torch.empty_like` of a CPU tensor, in memory as above if it fills several huge pages."""
+    length = z.numel() * z.itemsize
+    if not AVAILABLE or length < 2 * HUGE_PAGE:
+        return torch.empty_like(z)
+    try:
+        memory = _kept[length].pop()
+    except LookupError:
+        _kept.clear()
+        memory = _fresh(length)
+    # What the tensor holds on to, so that its end, and that of all its views, is noticed.
+    buffer = (ctypes.c_byte * length).from_buffer(memory)
+    weakref.finalize(buffer, _keep, memory).atexit = False
+    storage = torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
+    strides = torch.empty_like(z, device="meta").stride()
+    return z.new_empty(0).set_(storage, 0, z.shape, strides)
+
+
+def _keep(memory: mmap.mmap) -> None:
+    # A system that does not know of such memory gets it back.
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_FREE)
+        _kept.setdefault(len(memory), []).append(memory)
+
+
+def _fresh(length: int) -> mmap.mmap:
+    """Memory of the system, in huge pages if there are any, and as long as they come fast."""
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    began = time.perf_counter()
+    with contextlib.suppress(OSError):
+        for start in range(0, length - HUGE_PAGE, HUGE_PAGE):
+            # The huge page that a byte lies in begins before it, and ends within the next two.
+            memory.madvise(mmap.MADV_HUGEPAGE, start, min(2 * HUGE_PAGE, length - start))
+            # Touched here, by one thread: two that meet in a page would both zero one of their own.
+            memory[start] = 0
+            if time.perf_counter() - began > PATIENCE_SECONDS + start / HUGE_PAGE * SLOW_SECONDS:
                 break
-    return out
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    """The C library's function, on Linux."""
-    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    return madvise
+    return memory
