@@ -3,7 +3,7 @@
 The system hands out a large tensor in pages of 4 KiB, each with a fault and a zeroing of its own,
 and takes them back with the tensor. Linux offers pages 512 times as large to whoever asks, and
 lets a program keep memory that it gives up until somebody needs it. Here a gradient that is gone
-leaves its memory, marked so, to the next one of its size; one of another size drops it.
+leaves its memory, marked so, to the next one of its size.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ PATIENCE_SECONDS = 2e-3
 
 # Linux has both.
 AVAILABLE = hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE")
-# Memory that was given up, by its length.
-_kept: dict[int, list[mmap.mmap]] = {}
+# Of two heads in two domains, whose images differ in size; what was given up first is dropped.
+MOST_KEPT = 4
+_kept: list[mmap.mmap] = []
 
 
 def empty_like(z: Tensor) -> Tensor:
@@ -35,11 +36,7 @@ def empty_like(z: Tensor) -> Tensor:
     length = z.numel() * z.itemsize
     if not AVAILABLE or length < 2 * HUGE_PAGE:
         return torch.empty_like(z)
-    try:
-        memory = _kept[length].pop()
-    except LookupError:
-        _kept.clear()
-        memory = _fresh(length)
+    memory = _kept_memory(length) or _fresh(length)
     # What the tensor holds on to, so that its end, and that of all its views, is noticed.
     buffer = (ctypes.c_byte * length).from_buffer(memory)
     weakref.finalize(buffer, _keep, memory).atexit = False
@@ -48,11 +45,22 @@ def empty_like(z: Tensor) -> Tensor:
     return z.new_empty(0).set_(storage, 0, z.shape, strides)
 
 
+def _kept_memory(length: int) -> mmap.mmap | None:
+    for memory in _kept[:]:
+        if len(memory) == length:
+            # If another thread has not been faster.
+            with contextlib.suppress(ValueError):
+                _kept.remove(memory)
+                return memory
+    return None
+
+
 def _keep(memory: mmap.mmap) -> None:
     # A system that does not know of such memory gets it back.
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_FREE)
-        _kept.setdefault(len(memory), []).append(memory)
+        _kept.append(memory)
+        del _kept[:-MOST_KEPT]
 
 
 def _fresh(length: int) -> mmap.mmap:
