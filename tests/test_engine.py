@@ -508,7 +508,7 @@ def test_large_results_have_the_layout_of_the_logits(
     z = lay_out(torch.zeros(2, 8, 256, 512), layout)
     out, expected = memory.empty_like(z), torch.empty_like(z)
     assert (out.shape, out.dtype, out.stride()) == (z.shape, z.dtype, expected.stride())
-    assert not out._is_view() and out.is_set_to(out.fill_(1))
+    assert not out._is_view()
 
 
 keeps_memory = pytest.mark.skipif(not memory.AVAILABLE, reason="Linux alone keeps memory")
