@@ -47,7 +47,7 @@ def check_options(
 
 def check_ratio(ratio: float) -> None:
     """The exponent of image-wise weights, where a loss cannot do without."""
-    _number("ratio", ratio, lambda a: 0 <= a <= 1, "from 0 to 1")
+    _number("ratio", ratio, lambda a: -1 <= a <= 1, "from -1 to 1")
 
 
 def check_logits(name: str, logits: Tensor, activation: str) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maxsquare.checks import check_labels, check_logits, check_map, check_options, check_size
-from maxsquare.engine.pixelwise import LOWEST_LOGIT
+from maxsquare.engine.plain import LOWEST_LOGIT
 from maxsquare.functional import Size
 from maxsquare.losses import _TargetLoss
 

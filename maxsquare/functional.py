@@ -1,15 +1,15 @@
 """Every definition: the losses, their image weights, guidance and reductions.
 
-The functions take the options of the modules in `maxsquare`, under the same names and with
-the same defaults; formulas, shapes and errors are told there.
+The functions take the options of the modules in `maxsquare`, under the same names and with the same
+defaults; formulas, shapes and errors are documented there. Each loss is at most three steps: the
+class of every pixel, weights from the counts of classes, a weighted sum of potentials.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,40 +25,9 @@ from maxsquare.checks import (
     check_ratio,
     check_size,
 )
-from maxsquare.engine import Problem
-from maxsquare.potentials import Label, Tsallis
+from maxsquare.potentials import Label, Potential, Tsallis
 
 Size = int | Sequence[int] | None
-
-
-class _Definition(NamedTuple):
-    """A target loss: factor (S_q + offset) per pixel.
-
-    published: times 1 / C, what the published code multiplies its image-wise form by.
-    """
-
-    q: float
-    factor: float = 1
-    offset: float = 0
-    published: float = 1
-
-
-_ENTROPY = _Definition(1)
-# The sum of squares is 1 - S_2; the published image-wise code leaves out the half.
-_MAX_SQUARE = _Definition(2, factor=0.5, offset=-1, published=2)
-
-
-class _LowHead(NamedTuple):
-    """A head to be guided, and how."""
-
-    logits: Tensor | Sequence[Tensor]
-    threshold: float
-    weight: float
-
-
-_TSALLIS_OPTIONS = ("ratio", "ignore_index", "reduction", "scale", "activation", "from_logits")
-# The options that a guidance shares with the target loss beside it.
-_SHARED = ("reduction", "activation", "from_logits")
 
 
 def max_square(
@@ -78,7 +47,11 @@ def max_square(
     """-1/2 sum_c p_c^2: `maxsquare.MaxSquareLoss`; with a ratio, `maxsquare.IWMaxSquareLoss`."""
     return _tsallis_loss(
         logits,
-        _MAX_SQUARE,
+        # The sum of squares is 1 - S_2.
+        Tsallis(2, offset=-1, normalised=from_logits),
+        factor=0.5,
+        # The published image-wise code leaves out the half.
+        reference_factor=1 if ratio is None else 2,
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -109,7 +82,7 @@ def entropy(
     """-sum_c p_c log p_c: `maxsquare.EntropyLoss`; with a ratio, `maxsquare.IWEntropyLoss`."""
     return _tsallis_loss(
         logits,
-        _ENTROPY,
+        Tsallis(1, normalised=from_logits),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -141,7 +114,7 @@ def tsallis_entropy(
     """(1 - sum_c p_c^q) / (q - 1): `maxsquare.TsallisEntropyLoss`."""
     return _tsallis_loss(
         logits,
-        _Definition(q),
+        Tsallis(q, normalised=from_logits),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -164,27 +137,15 @@ def pseudo_label_loss(
     valid: Tensor | None = None,
     labels: Tensor | None = None,
     reduction: str = "mean",
-    scale: str = "paper",
     activation: str = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """Cross entropy against the confident prediction itself: `maxsquare.PseudoLabelLoss`."""
     check_image_wise(labels, None)
-    check_options(
-        reduction=reduction,
-        scale=scale,
-        activation=activation,
-        from_logits=from_logits,
-        align_corners=align_corners,
-        threshold=threshold,
-    )
-    check_logits("logits", logits, activation)
-    size = check_size(size, logits)
-    check_map("valid", valid, logits, size)
-    problem = Problem(
-        Label(), size, align_corners, activation == "sigmoid", from_logits, threshold=threshold
-    )
-    return _label_loss(logits, problem, reduction, valid=valid)
+    check_options(reduction=reduction, threshold=threshold)
+    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    y, counts = engine.classify(z, valid=valid, threshold=threshold, **how)
+    return _label_loss(logits, z, y, counts, reduction, how)
 
 
 def guidance_labels(
@@ -211,28 +172,15 @@ def guidance_labels(
         >>> guidance_labels(logits, low_logits)  # the second pixel is not sure
         tensor([[ 0, -1]])
     """
-    check_options(
-        activation=activation,
-        from_logits=from_logits,
-        align_corners=align_corners,
-        threshold=threshold,
-        ignore_index=ignore_index,
-    )
-    check_logits("logits", logits, activation)
-    size = check_size(size, logits)
-    (low_logits,) = check_heads([low_logits], logits, resized=size is not None)
-    check_map("valid", valid, logits, size)
-    binary = activation == "sigmoid"
-    problem = Problem(Label(), size, align_corners, binary, from_logits, threshold=threshold)
-    y = engine.predict(
-        _images(low_logits, binary),
-        problem,
-        guide=_images(logits, binary),
-        valid=None if valid is None else _image_maps(valid, logits, binary),
-    )
-    if binary:
+    check_options(threshold=threshold, ignore_index=ignore_index)
+    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    (low_logits,) = check_heads([low_logits], logits, resized=how["size"] is not None)
+    low = _images(low_logits, how["binary"])
+    y, _ = engine.classify(low, guide=z, valid=valid, threshold=threshold, **how)
+    y = y.long()
+    if how["binary"]:  # the first class is "on"
         y = torch.where((y == 0) | (y == 1), 1 - y, y)
-    return _pixels(torch.where(y == -1, ignore_index, y), logits, binary)
+    return _pixels(torch.where(y == -1, ignore_index, y), logits, how["binary"])
 
 
 def guidance_loss(
@@ -244,75 +192,18 @@ def guidance_loss(
     align_corners: bool = False,
     valid: Tensor | None = None,
     reduction: str = "mean",
-    scale: str = "paper",
     activation: str = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """Low-level heads learn from the averaged prediction: `maxsquare.MultiLevelGuidance`."""
-    check_options(
-        reduction=reduction,
-        scale=scale,
-        activation=activation,
-        from_logits=from_logits,
-        align_corners=align_corners,
-        threshold=threshold,
-    )
-    check_logits("logits", logits, activation)
-    size = check_size(size, logits)
-    check_map("valid", valid, logits, size)
-    problem = Problem(
-        Label(), size, align_corners, activation == "sigmoid", from_logits, threshold=threshold
-    )
-    heads = check_heads(low_logits, logits, resized=size is not None)
-    losses = [_label_loss(head, problem, reduction, guide=logits, valid=valid) for head in heads]
+    check_options(reduction=reduction, threshold=threshold)
+    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    heads = check_heads(low_logits, logits, resized=how["size"] is not None)
+    losses = []
+    for low in (_images(head, how["binary"]) for head in heads):
+        y, counts = engine.classify(low, guide=z, valid=valid, threshold=threshold, **how)
+        losses.append(_label_loss(logits, low, y, counts, reduction, how))
     return torch.stack(losses).sum(0)
-
-
-def multi_level_loss(
-    logits: Tensor,
-    low_logits: Tensor | Sequence[Tensor],
-    target: Callable[..., Tensor] = max_square,
-    options: Mapping[str, Any] = MappingProxyType({}),
-    *,
-    threshold: float = 0.95,
-    weight: float = 0.1,
-    size: Size = None,
-    align_corners: bool = False,
-    valid: Tensor | None = None,
-    labels: Tensor | None = None,
-) -> Tensor:
-    """The final head's target loss plus weighted guidance: `maxsquare.MultiLevelLoss`.
-
-    target, options: `max_square`, `entropy`, `tsallis_entropy` or `pseudo_label_loss`, and its
-    options; the guidance shares its reduction, activation and from_logits. Everything else,
-    errors and source as in `maxsquare.MultiLevelLoss`.
-
-    Example:
-        >>> logits, low_logits = torch.zeros(1, 4, 3, 5), torch.zeros(1, 4, 3, 5)
-        >>> loss = multi_level_loss(logits, low_logits, entropy, {"reduction": "sum"})
-        >>> round(loss.item(), 4)  # 15 log 4
-        20.7944
-    """
-    if not callable(target):
-        raise TypeError(f"target must be a loss function of maxsquare.functional, not {target!r}")
-    if not isinstance(options, Mapping):
-        raise TypeError(f"options must be a mapping of the target's options, not {options!r}")
-    shared = {name: options[name] for name in _SHARED if name in options}
-    check_options(threshold=threshold, weight=weight, **shared)
-    call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
-    rest = dict(options)
-    definition = {max_square: _MAX_SQUARE, entropy: _ENTROPY}.get(target)
-    if target is tsallis_entropy and "q" in rest:
-        definition = _Definition(rest.pop("q"))
-    several = isinstance(low_logits, Sequence) and len(low_logits) > 1
-    if definition is None or several or options.get("reduction") == "none":
-        guidance = guidance_loss(logits, low_logits, threshold=threshold, **call, **shared)
-        return target(logits, **call, labels=labels, **options) + weight * guidance
-    for name in rest:
-        if name not in _TSALLIS_OPTIONS:
-            raise TypeError(f"options must be those of {target.__name__}, not {name!r}")
-    low_head = _LowHead(low_logits, threshold, weight)
-    return _tsallis_loss(logits, definition, low_head, **call, labels=labels, **rest)
 
 
 def cross_entropy(
@@ -358,14 +249,14 @@ def cross_entropy(
 
     Source: the supervised term of M. Chen et al., ICCV 2019, as in every segmentation network.
     """
-    check_options(reduction=reduction, align_corners=align_corners, ignore_index=ignore_index)
-    check_logits("logits", logits, "softmax")
-    size = check_size(size, logits)
+    check_options(reduction=reduction, ignore_index=ignore_index)
+    z, valid, how = _prepare(logits, size, align_corners, valid)
     check_labels(labels)
-    check_map("labels", labels, logits, size)
-    check_map("valid", valid, logits, size)
-    problem = Problem(Label(), size, align_corners, ignore_index=ignore_index)
-    return _label_loss(logits, problem, reduction, labels=labels, valid=valid)
+    check_map("labels", labels, logits, how["size"])
+    y, counts = engine.classify(
+        z, labels=_image_maps(labels, logits), valid=valid, ignore_index=ignore_index, **how
+    )
+    return _label_loss(logits, z, y, counts, reduction, how)
 
 
 def image_weights(
@@ -393,181 +284,166 @@ def image_weights(
         tensor([[1., 1.]])
     """
     check_ratio(ratio)
-    check_options(
-        activation=activation,
-        from_logits=from_logits,
-        align_corners=align_corners,
-        ignore_index=ignore_index,
-    )
-    check_logits("logits", logits, activation)
-    size = check_size(size, logits)
-    check_map("valid", valid, logits, size)
-    check_map("labels", labels, logits, size)
-    binary = activation == "sigmoid"
-    problem = Problem(Tsallis(2), size, align_corners, binary, from_logits, by_class=True)
-    z = _images(logits, binary)
-    valid = None if valid is None else _image_maps(valid, logits, binary)
-    y = engine.predict(z, problem, valid=valid)
-    counts = _count(y, 2 if binary else z.shape[1])
+    check_options(ignore_index=ignore_index)
+    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    y, counts = engine.classify(z, valid=valid, **how)
     if labels is not None:
-        counts = _label_counts(labels, logits, binary, ignore_index, valid)
-    weights = _bin_weights(counts, ratio, z.dtype)
-    return _pixels(torch.where(y >= 0, _look_up(weights, y), 0), logits, binary)
+        counts = _label_counts(labels, logits, z, valid, ignore_index, how)
+    classes = engine.number_of_classes(z, how["binary"])
+    weights = _class_weights(counts, ratio, z.dtype)
+    y = y.long()
+    w = weights.gather(1, y.clamp(0, classes - 1).flatten(1)).view_as(y)
+    w = torch.where(y < 0, 0, torch.where(y == classes, math.nan, w))
+    return _pixels(w, logits, how["binary"])
 
 
 def _tsallis_loss(
     logits: Tensor,
-    definition: _Definition,
-    low_head: _LowHead | None = None,
+    potential: Tsallis,
     *,
-    ratio: float | None = None,
-    size: Size = None,
-    align_corners: bool = False,
-    valid: Tensor | None = None,
-    labels: Tensor | None = None,
-    ignore_index: int = -1,
-    reduction: str = "mean",
-    scale: str = "paper",
-    activation: str = "softmax",
-    from_logits: bool = True,
+    factor: float = 1,
+    reference_factor: float = 1,
+    ratio: float | None,
+    size: Size,
+    align_corners: bool,
+    valid: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    scale: str,
+    activation: str,
+    from_logits: bool,
 ) -> Tensor:
-    """The loss of a definition, reduced; with a low-level head, plus its weighted guidance."""
-    q, factor, offset, published = definition
+    """factor times the potential; scale="reference": times reference_factor / C too."""
     check_options(
-        reduction=reduction,
-        scale=scale,
-        activation=activation,
-        from_logits=from_logits,
-        align_corners=align_corners,
-        ratio=ratio,
-        q=q,
-        ignore_index=ignore_index,
+        q=potential.q, ratio=ratio, reduction=reduction, scale=scale, ignore_index=ignore_index
     )
-    check_logits("logits", logits, activation)
-    size = check_size(size, logits)
-    check_map("valid", valid, logits, size)
+    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
     check_image_wise(labels, ratio)
-    check_map("labels", labels, logits, size)
-
-    binary = activation == "sigmoid"
-    z = _images(logits, binary)
-    valid = None if valid is None else _image_maps(valid, logits, binary)
-    image_wise = ratio is not None
-    potential = Tsallis(q, normalised=from_logits, offset=offset)
-    problem = Problem(potential, size, align_corners, binary, from_logits, by_class=image_wise)
-    classes = 2 if binary else z.shape[1]
     if scale == "reference":
-        factor *= (published if image_wise else 1) / classes
-    given = None
-    if labels is not None:
-        given = _label_counts(labels, logits, binary, ignore_index, valid)
-
-    if reduction == "none":
-        phi, y, counted = engine.terms(z, problem, valid=valid)
-        phi = factor * phi
-        if ratio is not None:
-            counts = _count(torch.where(counted, y, -1), classes) if given is None else given
-            phi = phi * _look_up(_bin_weights(counts, ratio, phi.dtype), y)
-        return _pixels(phi, logits, binary)
-
-    def weigh(counts: Tensor) -> Tensor:
-        if ratio is None:
-            return _pixel_weights(counts, reduction, z.dtype, factor)
-        weights = _bin_weights(counts if given is None else given, ratio, z.dtype)
-        return factor * weights / (max(counts.shape[0], 1) if reduction == "mean" else 1)
-
-    how: dict[str, Any] = {"valid": valid, "weigh": weigh}
-    if low_head is None:
-        sums, _ = engine.accumulate(z, problem, **how)
-        return sums.sum()
-    guided = problem._replace(potential=Label(), by_class=False, threshold=low_head.threshold)
-    (low_logits,) = check_heads(low_head.logits, logits, resized=size is not None)
-    low = _images(low_logits, binary)
-    (sums, _), (low_sums, counts) = engine.accumulate_both(z, problem, low, guided, **how)
-    low_weights = _pixel_weights(counts, reduction, z.dtype, low_head.weight)
-    return sums.sum() + (low_weights * low_sums).sum()
+        factor *= reference_factor / engine.number_of_classes(z, how["binary"])
+    y = None
+    if ratio is None:
+        pixels = z.shape[0] * math.prod(how["size"] or z.shape[2:])
+        counted = pixels if valid is None else valid.count_nonzero()
+        weights = _mean_weights(counted, z, reduction, factor)
+    else:
+        y, counts = engine.classify(z, valid=valid, **how)
+        if labels is not None:
+            counts = _label_counts(labels, logits, z, valid, ignore_index, how)
+        weights = factor * _class_weights(counts, ratio, z.dtype)
+        weights = weights / max(z.shape[0], 1) if reduction == "mean" else weights
+    return _reduce(logits, z, weights, y, valid, potential, reduction, how)
 
 
 def _label_loss(
-    logits: Tensor,
-    problem: Problem,
-    reduction: str,
-    *,
-    guide: Tensor | None = None,
-    labels: Tensor | None = None,
-    valid: Tensor | None = None,
+    logits: Tensor, z: Tensor, y: Tensor, counts: Tensor, reduction: str, how: dict[str, Any]
 ) -> Tensor:
-    z = _images(logits, problem.binary)
-    guide = None if guide is None else _images(guide, problem.binary)
-    labels = None if labels is None else _image_maps(labels, logits, problem.binary)
-    valid = None if valid is None else _image_maps(valid, logits, problem.binary)
+    """Cross entropy against the classes y."""
+    weights = _mean_weights(counts[:, :-1].sum(), z, reduction)
+    return _reduce(logits, z, weights, y, None, Label(), reduction, how)
+
+
+def _reduce(
+    logits: Tensor,
+    z: Tensor,
+    weights: Tensor,
+    y: Tensor | None,
+    valid: Tensor | None,
+    potential: Potential,
+    reduction: str,
+    how: dict[str, Any],
+) -> Tensor:
+    """The sum of the weighted potentials, or each of them."""
     if reduction == "none":
-        phi, _, _ = engine.terms(z, problem, guide=guide, labels=labels, valid=valid)
-        return _pixels(phi, logits, problem.binary)
-    weigh = partial(_pixel_weights, reduction=reduction, dtype=z.dtype)
-    sums, _ = engine.accumulate(z, problem, guide=guide, labels=labels, valid=valid, weigh=weigh)
-    return sums.sum()
+        terms = engine.weighted_terms(z, weights, y, valid, potential, **how)
+        return _pixels(terms, logits, how["binary"])
+    return engine.weighted_sum(z, weights, y, valid, potential, **how).sum()
 
 
-def _pixel_weights(counts: Tensor, reduction: str, dtype: torch.dtype, factor: float = 1) -> Tensor:
-    """(N, 1) counts -> (N, 1) weights of the pixels in their sum, or mean over the batch."""
+def _prepare(
+    logits: Tensor,
+    size: Size,
+    align_corners: bool,
+    valid: Tensor | None,
+    activation: str = "softmax",
+    from_logits: bool = True,
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Check what all losses are given: the logits and the mask of images, and how to read them."""
+    check_options(activation=activation, from_logits=from_logits, align_corners=align_corners)
+    check_logits("logits", logits, activation)
+    size = check_size(size, logits)
+    check_map("valid", valid, logits, size)
+    binary = activation == "sigmoid"
+    how = {
+        "size": size,
+        "align_corners": align_corners,
+        "binary": binary,
+        "from_logits": from_logits,
+    }
+    maps = None if valid is None else _image_maps(valid, logits, binary)
+    return _images(logits, binary), maps, how
+
+
+def _mean_weights(counted: Tensor | int, z: Tensor, reduction: str, factor: float = 1) -> Tensor:
+    """(N, 1) weights of the pixels of images in their sum, or in the mean over those counted."""
+    weights = z.new_full((z.shape[0], 1), factor, dtype=engine.accumulation_dtype(z.dtype))
+    if reduction != "mean":
+        return weights
     # Nothing counted: 0 / 1, a zero that keeps its graph.
-    pixels = counts.sum().clamp_min(1) if reduction == "mean" else 1
-    return torch.full_like(counts, factor, dtype=_accumulating(dtype)) / pixels
+    return weights / (counted.clamp_min(1) if isinstance(counted, Tensor) else max(counted, 1))
 
 
-def _bin_weights(counts: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
-    """(N, C) counts -> (N, C) weights 1 / max(N_c^a N^(1-a), 1)."""
-    n = counts.to(_accumulating(dtype))
-    return 1 / (n**ratio * n.sum(1, keepdim=True) ** (1 - ratio)).clamp_min(1)
-
-
-def _accumulating(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the engine adds up terms of this one."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _look_up(weights: Tensor, y: Tensor) -> Tensor:
-    """The weight of each pixel's bin: (N, C) and (N, *spatial) -> (N, *spatial)."""
-    return weights.gather(1, y.clamp_min(0).flatten(1)).view_as(y)
+def _class_weights(counts: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
+    """(N, C + 1) counts -> (N, C) weights 1 / max(N_c^a N^(1-a), 1), all 1 where N is 0."""
+    n = counts[:, :-1].to(engine.accumulation_dtype(dtype))
+    total = n.sum(1, keepdim=True)
+    return 1 / torch.where(total > 0, n**ratio * total ** (1 - ratio), 1).clamp_min(1)
 
 
 def _label_counts(
-    labels: Tensor, logits: Tensor, binary: bool, ignore_index: int, valid: Tensor | None
+    labels: Tensor,
+    logits: Tensor,
+    z: Tensor,
+    valid: Tensor | None,
+    ignore_index: int,
+    how: dict[str, Any],
 ) -> Tensor:
     """Pixels of each class of a given label map, per image; other values are not counted."""
-    labels = labels.long()
-    y = torch.where(labels == ignore_index, -1, labels)
-    if binary:
+    check_map("labels", labels, logits, how["size"])
+    y = _image_maps(labels, logits, how["binary"])
+    if how["binary"]:
         # Channel c is a problem of two classes: 0, a pixel labelled c, and 1, any other.
-        y = _image_maps(torch.where(y < logits.shape[1], y, -1), logits, binary)
         channels = logits.shape[1]
+        y = y.long()
+        counted = (y >= 0) & (y < channels) & (y != ignore_index)
         channel = torch.arange(channels, device=y.device).repeat(y.shape[0] // channels)
-        y = torch.where(y < 0, y, (y != channel.view(-1, *[1] * (y.dim() - 1))).long())
-    else:
-        y = _image_maps(y, logits, binary)
-    y = y if valid is None else torch.where(valid, y, -1)
-    return _count(y, 2 if binary else logits.shape[1])
-
-
-def _count(y: Tensor, classes: int) -> Tensor:
-    """(N, *spatial) indices -> (N, classes) numbers of pixels; those outside do not count."""
-    y = y.flatten(1)
-    inside = (y >= 0) & (y < classes)
-    counts = torch.zeros(y.shape[0], classes, dtype=torch.long, device=y.device)
-    return counts.scatter_add(1, torch.where(inside, y, 0), inside.long())
+        other = y != channel.view(-1, *[1] * (y.dim() - 1))
+        y, ignore_index = torch.where(counted, other.long(), -1), -1
+    _, counts = engine.classify(z, labels=y, valid=valid, ignore_index=ignore_index, **how)
+    return counts
 
 
 def _images(logits: Tensor, binary: bool) -> Tensor:
     """Logits as (images, channels, *spatial): (N, C) is one image; sigmoid, one per channel."""
-    z = logits.t().unsqueeze(0) if logits.dim() == 2 else logits
+    z = _unwrap(logits)
+    z = z.t().unsqueeze(0) if z.dim() == 2 else z
     return z.flatten(0, 1).unsqueeze(1) if binary else z
 
 
-def _image_maps(pixels: Tensor, logits: Tensor, binary: bool) -> Tensor:
+def _image_maps(pixels: Tensor, logits: Tensor, binary: bool = False) -> Tensor:
     """A map (N, *spatial) as (images, *spatial), repeated for every channel under sigmoid."""
+    pixels = _unwrap(pixels)
     pixels = pixels.unsqueeze(0) if logits.dim() == 2 else pixels
     return pixels.repeat_interleave(logits.shape[1], 0) if binary else pixels
+
+
+def _unwrap(tensor: Tensor) -> Tensor:
+    """A tensor that only carries more than numbers, without that: it would slow every operation."""
+    if type(tensor) is Tensor or torch.compiler.is_compiling():
+        return tensor
+    carries_more = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return tensor.as_subclass(Tensor) if carries_more else tensor
 
 
 def _pixels(maps: Tensor, logits: Tensor, binary: bool) -> Tensor:

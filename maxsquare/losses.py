@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,21 +13,20 @@ from maxsquare.checks import check_options, check_ratio
 from maxsquare.functional import Size
 
 
+@dataclass(eq=False, repr=False)
 class _PixelLoss(nn.Module):
-    """Keeps the options under their names, and hands them to the loss's function."""
+    """Declares the options of all losses; the fields of a loss are the options of its function."""
 
-    reduction: str
-    scale: str
-    activation: str
-    from_logits: bool
-    function: ClassVar[Callable[..., Tensor]]
+    _: KW_ONLY
+    reduction: str = "mean"
+    activation: str = "softmax"
+    from_logits: bool = True
 
-    def __init__(self, **options: object) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        check_options(**options)  # type: ignore[arg-type]
-        self._names = tuple(options)
-        for name, value in options.items():
-            setattr(self, name, value)
+        # The compiler cannot read the fields of a dataclass.
+        self._names = tuple(field.name for field in fields(self))
+        check_options(**self.options())
 
     def options(self) -> dict[str, Any]:
         """The options by name, as the functional form takes them."""
@@ -36,8 +36,11 @@ class _PixelLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
 
 
+@dataclass(eq=False, repr=False)
 class _TargetLoss(_PixelLoss):
     """A loss of one head's logits alone."""
+
+    function: ClassVar[Callable[..., Tensor]]
 
     def forward(
         self,
@@ -48,7 +51,7 @@ class _TargetLoss(_PixelLoss):
         valid: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of `logits`; arguments as told under `MaxSquareLoss`."""
+        """The loss of logits (N, C, *spatial); see the class for the arguments."""
         return type(self).function(
             logits,
             size=size,
@@ -59,6 +62,7 @@ class _TargetLoss(_PixelLoss):
         )
 
 
+@dataclass(eq=False, repr=False)
 class MaxSquareLoss(_TargetLoss):
     r"""Rewards confident predictions, with a gradient that grows only linearly in confidence.
 
@@ -70,23 +74,22 @@ class MaxSquareLoss(_TargetLoss):
 
     Args:
         reduction: "mean" over the valid pixels of the batch, "sum", or "none".
-        scale: "paper", the formula above; "reference", times 1/C, is what the published code
+        scale: "paper", the formula above; "reference", times 1 / C, is what the published code
             computes: the published weights (lambda) belong to it.
-        activation: "softmax", or "sigmoid": every channel is a problem of two classes with
-            logits (z, 0), its own image for image-wise weights, and C = 2.
-        from_logits: False if the input holds probabilities already.
+        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
+            (z, 0), and C = 2.
+        from_logits: whether the input holds logits; False if it holds probabilities.
 
     Call:
-        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16,
-            bfloat16, float32 or float64, any strides. (N, C) is one image of N pixels.
-        size: (height, width) to which the logits are first upsampled bilinearly.
+        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
+            float32 or float64, any strides. (N, C) is one image of N pixels.
+        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
         align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
-        valid: bool (N, *spatial of the result): the pixels that count, by default all.
-        labels: for image-wise losses only.
+        valid: bool (N, *spatial of the result), the pixels that count; None: all.
 
     Shape:
-        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where
-        not valid. float32 for half-precision logits. Dimensionless. 0 if nothing is valid.
+        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
+        valid. float32 for half-precision logits. Dimensionless. 0 if nothing is valid.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
@@ -99,51 +102,55 @@ class MaxSquareLoss(_TargetLoss):
         >>> loss(logits, size=(64, 64), align_corners=True).detach()  # uniform: -1 / (2 C)
         tensor(-0.1250)
 
-    Source: Chen, Xue, Cai, "Domain Adaptation for Semantic Segmentation with Maximum Squares
-    Loss", ICCV 2019, the maximum squares loss.
+    Source: M. Chen, H. Xue, D. Cai, "Domain Adaptation for Semantic Segmentation with Maximum
+    Squares Loss", ICCV 2019, the maximum squares loss.
     """
 
+    _: KW_ONLY
+    scale: str = "paper"
     function = staticmethod(functional.max_square)
 
-    def __init__(
-        self,
-        *,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
-        from_logits: bool = True,
-    ) -> None:
-        super().__init__(
-            reduction=reduction,
-            scale=scale,
-            activation=activation,
-            from_logits=from_logits,
-        )
 
-
+@dataclass(eq=False, repr=False)
 class IWMaxSquareLoss(_TargetLoss):
-    r"""Maximum squares with every image's classes balanced, so that rare ones are heard.
+    r"""Maximum squares with the classes of every image balanced, so that rare ones count.
 
     .. math:: \ell = -\frac{1}{B} \sum_{b=1}^{B} \sum_{n} \frac{w_{b,n}}{2} \sum_c p_{b,n,c}^2,
               \qquad w_{b,n} = \frac{1}{\max(N_{b,c^*}^{\,a}\, N_b^{1-a},\ 1)}
 
     c* is the predicted class of pixel n, N_{b,c*} how many pixels of image b have it, N_b how
-    many are valid, B the number of images. The weights are constants for the gradient, which
-    is that of `MaxSquareLoss` times w. `functional.image_weights` returns them.
+    many are valid, B the number of images. The weights are constants for the gradient, which is
+    d l / d z_{n,c} = -w_{b,n} p_{n,c} (p_{n,c} - sum_k p_{n,k}^2) / B.
+    `functional.image_weights` returns them.
 
     Args:
-        ratio: the exponent a from 0 (one weight for all) to 1 (every class weighs the same);
-            0.2 as published.
-        ignore_index: label that is not counted where `labels` are given.
-        reduction: "mean" over images of the weighted sum over pixels, "sum" over both, "none".
-        scale: "reference" is 2 / C times the paper's formula, for the published code leaves
-            out the half: twice the factor of the plain loss.
-        activation, from_logits: as in `MaxSquareLoss`.
+        ratio: the exponent a, from -1 to 1: 0 weighs all pixels alike, 1 all classes; 0.2 as
+            published. A negative one favours frequent classes (the SYNTHIA runs had -0.2).
+        ignore_index: a label that is not counted where `labels` are given.
+        reduction: "mean" over images of the weighted sum over pixels, "sum" over both, or "none".
+        scale: "paper", the formula above; "reference", times 2 / C, is what the published code
+            computes (it leaves out the half): the published weights (lambda) belong to it.
+        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
+            (z, 0), counted as an image of its own, and C = 2.
+        from_logits: whether the input holds logits; False if it holds probabilities.
 
     Call:
-        labels: integers (N, *spatial of the result); N_{b,c} and N_b are then counted from
-            this map, in which values outside 0..C-1 do not count, instead of the prediction.
-        All others, shapes and errors as in `MaxSquareLoss`.
+        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
+            float32 or float64, any strides. (N, C) is one image of N pixels.
+        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
+        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
+        valid: bool (N, *spatial of the result), the pixels that count; None: all.
+        labels: integers (N, *spatial of the result). N_{b,c} and N_b are counted from this map
+            instead of the prediction; values outside 0..C-1 are not counted. A pixel predicted as a
+            class that the map lacks has weight 1, a thousandfold of the others', as published.
+
+    Shape:
+        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
+        valid. float32 for half-precision logits. Dimensionless. 0 if nothing is valid.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a wrong shape, device, or value of an option.
 
     Example:
         >>> import torch
@@ -154,31 +161,18 @@ class IWMaxSquareLoss(_TargetLoss):
     Source: M. Chen et al., ICCV 2019, the image-wise weighting factor.
     """
 
-    ratio: float
-    ignore_index: int
+    ratio: float = 0.2
+    _: KW_ONLY
+    ignore_index: int = -1
+    scale: str = "paper"
     function = staticmethod(functional.max_square)
 
-    def __init__(
-        self,
-        ratio: float = 0.2,
-        *,
-        ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
-        from_logits: bool = True,
-    ) -> None:
-        check_ratio(ratio)
-        super().__init__(
-            ratio=ratio,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            scale=scale,
-            activation=activation,
-            from_logits=from_logits,
-        )
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        super().__post_init__()
 
 
+@dataclass(eq=False, repr=False)
 class EntropyLoss(_TargetLoss):
     r"""Rewards confident predictions by Shannon's entropy, the usual choice before.
 
@@ -187,7 +181,28 @@ class EntropyLoss(_TargetLoss):
     d l / d z_{n,c} = -p_{n,c} (log p_{n,c} - sum_k p_{n,k} log p_{n,k}) / N: in terms of p the
     slope diverges as p -> 1, so that pixels already well classified take most of the gradient.
 
-    Args, call, shapes and errors: as in `MaxSquareLoss`; in nats.
+    Args:
+        reduction: "mean" over the valid pixels of the batch, "sum", or "none".
+        scale: "paper", the formula above; "reference", times 1 / C, is what the published code
+            computes: the published weights (lambda) belong to it.
+        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
+            (z, 0), and C = 2.
+        from_logits: whether the input holds logits; False if it holds probabilities.
+
+    Call:
+        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
+            float32 or float64, any strides. (N, C) is one image of N pixels.
+        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
+        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
+        valid: bool (N, *spatial of the result), the pixels that count; None: all.
+
+    Shape:
+        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
+        valid. float32 for half-precision logits. In nats. 0 if nothing is valid.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a wrong shape, device, or value of an option.
 
     Example:
         >>> import torch
@@ -197,31 +212,50 @@ class EntropyLoss(_TargetLoss):
     Source: M. Chen et al., ICCV 2019, entropy minimisation (after Grandvalet and Bengio, 2005).
     """
 
+    _: KW_ONLY
+    scale: str = "paper"
     function = staticmethod(functional.entropy)
 
-    def __init__(
-        self,
-        *,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
-        from_logits: bool = True,
-    ) -> None:
-        super().__init__(
-            reduction=reduction,
-            scale=scale,
-            activation=activation,
-            from_logits=from_logits,
-        )
 
-
+@dataclass(eq=False, repr=False)
 class IWEntropyLoss(_TargetLoss):
-    r"""Entropy with the image-wise class weights of `IWMaxSquareLoss`.
+    r"""Entropy with the classes of every image balanced, so that rare ones count.
 
-    .. math:: \ell = -\frac{1}{B} \sum_{b=1}^{B} \sum_n w_{b,n} \sum_c p_{b,n,c} \log p_{b,n,c}
+    .. math:: \ell = -\frac{1}{B} \sum_{b=1}^{B} \sum_n w_{b,n} \sum_c p_{b,n,c} \log p_{b,n,c},
+              \qquad w_{b,n} = \frac{1}{\max(N_{b,c^*}^{\,a}\, N_b^{1-a},\ 1)}
 
-    Args, call, shapes and errors: as in `IWMaxSquareLoss`, but scale="reference" is 1 / C times
-    the formula; in nats.
+    c* is the predicted class of pixel n, N_{b,c*} how many pixels of image b have it, N_b how
+    many are valid, B the number of images. The weights are constants for the gradient, which is
+    that of `EntropyLoss` with w_{b,n} / B in place of 1 / N.
+
+    Args:
+        ratio: the exponent a, from -1 to 1: 0 weighs all pixels alike, 1 all classes; 0.2 as
+            published. A negative one favours frequent classes (the SYNTHIA runs had -0.2).
+        ignore_index: a label that is not counted where `labels` are given.
+        reduction: "mean" over images of the weighted sum over pixels, "sum" over both, or "none".
+        scale: "paper", the formula above; "reference", times 1 / C, is what the published code
+            computes: the published weights (lambda) belong to it.
+        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
+            (z, 0), counted as an image of its own, and C = 2.
+        from_logits: whether the input holds logits; False if it holds probabilities.
+
+    Call:
+        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
+            float32 or float64, any strides. (N, C) is one image of N pixels.
+        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
+        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
+        valid: bool (N, *spatial of the result), the pixels that count; None: all.
+        labels: integers (N, *spatial of the result). N_{b,c} and N_b are counted from this map
+            instead of the prediction; values outside 0..C-1 are not counted. A pixel predicted as a
+            class that the map lacks has weight 1, a thousandfold of the others', as published.
+
+    Shape:
+        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
+        valid. float32 for half-precision logits. In nats. 0 if nothing is valid.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a wrong shape, device, or value of an option.
 
     Example:
         >>> import torch
@@ -231,31 +265,18 @@ class IWEntropyLoss(_TargetLoss):
     Source: M. Chen et al., ICCV 2019, the image-wise weighting factor on the entropy.
     """
 
-    ratio: float
-    ignore_index: int
+    ratio: float = 0.2
+    _: KW_ONLY
+    ignore_index: int = -1
+    scale: str = "paper"
     function = staticmethod(functional.entropy)
 
-    def __init__(
-        self,
-        ratio: float = 0.2,
-        *,
-        ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
-        from_logits: bool = True,
-    ) -> None:
-        check_ratio(ratio)
-        super().__init__(
-            ratio=ratio,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            scale=scale,
-            activation=activation,
-            from_logits=from_logits,
-        )
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        super().__post_init__()
 
 
+@dataclass(eq=False, repr=False)
 class TsallisEntropyLoss(_TargetLoss):
     r"""One dial from entropy minimisation (q = 1) to maximum squares (q = 2) and beyond.
 
@@ -266,12 +287,32 @@ class TsallisEntropyLoss(_TargetLoss):
 
     Args:
         q: above 0; the larger, the more the gradient keeps to uncertain pixels.
-        ratio: None, or the exponent of image-wise weights as in `IWMaxSquareLoss`.
-        ignore_index: as in `IWMaxSquareLoss`.
-        scale: "reference" is 1 / C times the formula, the convention of the published entropy.
-        reduction, activation, from_logits: as in `MaxSquareLoss`.
+        ratio: None, or the exponent of image-wise weights, from -1 to 1, as in `IWEntropyLoss`.
+        ignore_index: a label that is not counted where `labels` are given.
+        reduction: "mean" over the valid pixels of the batch (with a ratio, over images of the
+            weighted sum over pixels), "sum", or "none".
+        scale: "paper", the formula above; "reference", times 1 / C, the convention of the
+            published entropy.
+        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
+            (z, 0), counted as an image of its own, and C = 2.
+        from_logits: whether the input holds logits; False if it holds probabilities.
 
-    Call, shapes and errors: as in `MaxSquareLoss` or, with a ratio, `IWMaxSquareLoss`.
+    Call:
+        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
+            float32 or float64, any strides. (N, C) is one image of N pixels.
+        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
+        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
+        valid: bool (N, *spatial of the result), the pixels that count; None: all.
+        labels: with a ratio, integers (N, *spatial of the result): classes are counted from this
+            map instead of the prediction; values outside 0..C-1 are not counted.
+
+    Shape:
+        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
+        valid. float32 for half-precision logits. Dimensionless. 0 if nothing is valid.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a wrong shape, device, or value of an option.
 
     Example:
         >>> import torch
@@ -282,32 +323,14 @@ class TsallisEntropyLoss(_TargetLoss):
     """
 
     q: float
-    ratio: float | None
-    ignore_index: int
+    ratio: float | None = None
+    _: KW_ONLY
+    ignore_index: int = -1
+    scale: str = "paper"
     function = staticmethod(functional.tsallis_entropy)
 
-    def __init__(
-        self,
-        q: float,
-        ratio: float | None = None,
-        *,
-        ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
-        from_logits: bool = True,
-    ) -> None:
-        super().__init__(
-            q=q,
-            ratio=ratio,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            scale=scale,
-            activation=activation,
-            from_logits=from_logits,
-        )
 
-
+@dataclass(eq=False, repr=False)
 class PseudoLabelLoss(_TargetLoss):
     r"""Cross entropy against the prediction itself wherever it is confident.
 
@@ -317,12 +340,26 @@ class PseudoLabelLoss(_TargetLoss):
     d l / d z_{n,c} = (p_{n,c} - [c = c*]) / |A| on A, and 0 elsewhere.
 
     Args:
-        threshold: t from 0 to 1; 0.95 as published.
+        threshold: t, from 0 to 1; 0.95 as published.
         reduction: "mean" over the accepted pixels, "sum", or "none" (0 where not accepted).
-        scale: accepted for uniformity; cross entropy has the same scale in both.
-        activation, from_logits: as in `MaxSquareLoss`.
+        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
+            (z, 0), and C = 2.
+        from_logits: whether the input holds logits; False if it holds probabilities.
 
-    Call, shapes and errors: as in `MaxSquareLoss`. Nothing accepted: 0 with a zero gradient.
+    Call:
+        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
+            float32 or float64, any strides. (N, C) is one image of N pixels.
+        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
+        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
+        valid: bool (N, *spatial of the result), the pixels that count; None: all.
+
+    Shape:
+        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
+        accepted. float32 for half-precision logits. In nats. 0 if nothing is accepted.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a wrong shape, device, or value of an option.
 
     Example:
         >>> import torch
@@ -332,27 +369,11 @@ class PseudoLabelLoss(_TargetLoss):
     Source: M. Chen et al., ICCV 2019, the hard pseudo label (after D.-H. Lee, 2013).
     """
 
-    threshold: float
+    threshold: float = 0.95
     function = staticmethod(functional.pseudo_label_loss)
 
-    def __init__(
-        self,
-        threshold: float = 0.95,
-        *,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
-        from_logits: bool = True,
-    ) -> None:
-        super().__init__(
-            threshold=threshold,
-            reduction=reduction,
-            scale=scale,
-            activation=activation,
-            from_logits=from_logits,
-        )
 
-
+@dataclass(eq=False, repr=False)
 class MultiLevelGuidance(_PixelLoss):
     r"""Low-level heads learn, by cross entropy, from the prediction averaged over both heads.
 
@@ -362,15 +383,29 @@ class MultiLevelGuidance(_PixelLoss):
     A are the pixels at which max_c p_{n,c} > t or max_c p^low_{n,c} > t. The labels y are
     constants: the gradient, (p^low_{n,c} - [c = y_n]) / |A|, reaches the low-level head only.
 
-    Args: as in `PseudoLabelLoss`.
+    Args:
+        threshold: t, from 0 to 1; 0.95 as published.
+        reduction: "mean" over the accepted pixels, "sum", or "none" (0 where not accepted).
+        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
+            (z, 0), and C = 2.
+        from_logits: whether the input holds logits; False if it holds probabilities.
 
     Call:
-        logits: the final head's, as in `MaxSquareLoss`.
-        low_logits: the low-level head's, of the same shape (with `size`, of any height and
+        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
+            float32 or float64, any strides; of the final head.
+        low_logits: those of the low-level head, of the same shape (with `size`, of any height and
             width), or a list of several heads', whose losses are added.
-        size, align_corners, valid: as in `MaxSquareLoss`.
+        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
+        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
+        valid: bool (N, *spatial of the result), the pixels that count; None: all.
 
-    Shapes and errors: as in `MaxSquareLoss`. Nothing accepted: 0 with a zero gradient.
+    Shape:
+        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
+        accepted. float32 for half-precision logits. In nats. 0 if nothing is accepted.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a wrong shape, device, or value of an option.
 
     Example:
         >>> import torch
@@ -381,24 +416,7 @@ class MultiLevelGuidance(_PixelLoss):
     Source: M. Chen et al., ICCV 2019, multi-level self-produced guidance.
     """
 
-    threshold: float
-
-    def __init__(
-        self,
-        threshold: float = 0.95,
-        *,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
-        from_logits: bool = True,
-    ) -> None:
-        super().__init__(
-            threshold=threshold,
-            reduction=reduction,
-            scale=scale,
-            activation=activation,
-            from_logits=from_logits,
-        )
+    threshold: float = 0.95
 
     def forward(
         self,
@@ -409,7 +427,7 @@ class MultiLevelGuidance(_PixelLoss):
         align_corners: bool = False,
         valid: Tensor | None = None,
     ) -> Tensor:
-        """The sum of the low-level heads' losses."""
+        """The sum of the low-level heads' losses; see the class for the arguments."""
         return functional.guidance_loss(
             logits,
             low_logits,
@@ -428,11 +446,25 @@ class MultiLevelLoss(nn.Module):
     Args:
         target_loss: any loss of one head's logits of this library; the guidance takes its
             reduction, activation and from_logits.
-        threshold: of the guidance, as in `MultiLevelGuidance`.
+        threshold: of the guidance, from 0 to 1, as in `MultiLevelGuidance`.
         weight: lambda, at least 0; 0.1 as published (there lambda_seg, so that this whole
             loss is to be multiplied by lambda_target).
 
-    Call, shapes and errors: as in `MultiLevelGuidance`; `labels` go to the target loss.
+    Call:
+        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions, of the final head.
+        low_logits: those of the low-level head, of the same shape (with `size`, of any height and
+            width), or a list of several heads'.
+        size: (height, width) to which all logits are first upsampled bilinearly; None: as is.
+        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
+        valid: bool (N, *spatial of the result), the pixels that count; None: all.
+        labels: for an image-wise target loss: a map from which it counts classes.
+
+    Shape:
+        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial).
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a wrong shape, device, or value of an option.
 
     Example:
         >>> import torch
@@ -470,40 +502,11 @@ class MultiLevelLoss(nn.Module):
         valid: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Target loss plus weighted guidance."""
-        if not (
-            _is_as_made(self.target_loss, _TargetLoss)
-            and _is_as_made(self.guidance, MultiLevelGuidance)
-        ):
-            # A user's own forward, or hooks: the functional form would pass them over.
-            call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
-            target: Tensor = self.target_loss(logits, **call, labels=labels)
-            guidance: Tensor = self.guidance(logits, low_logits, **call)
-            return target + self.weight * guidance
-        return functional.multi_level_loss(
-            logits,
-            low_logits,
-            type(self.target_loss).function,
-            self.target_loss.options(),
-            threshold=self.guidance.threshold,
-            weight=self.weight,
-            size=size,
-            align_corners=align_corners,
-            valid=valid,
-            labels=labels,
-        )
+        """Target loss plus weighted guidance; see the class for the arguments."""
+        call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
+        target: Tensor = self.target_loss(logits, **call, labels=labels)
+        guidance: Tensor = self.guidance(logits, low_logits, **call)
+        return target + self.weight * guidance
 
     def extra_repr(self) -> str:
         return f"weight={self.weight!r}"
-
-
-def _is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does what the `forward` of its kind does, and nothing else."""
-    # PyTorch publishes no way to ask for hooks.
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return type(module).forward is kind.forward and "forward" not in vars(module) and not any(hooks)

@@ -1,7 +1,7 @@
-r"""Pixel potentials: what one pixel pays for its class probabilities.
+r"""Pixel potentials: what one pixel pays for its class probabilities, and the slope of that.
 
-Every loss of this library sums a potential over pixels. With p = softmax(z) the
-gradient with respect to the logits is closed form,
+Every loss of this library sums a potential over pixels. With p = softmax(z) the slope with
+respect to the logits is closed form,
 
 .. math:: \partial\phi/\partial z_c = p_c (g_c - \textstyle\sum_k p_k g_k),
           \qquad g_c = \partial\phi/\partial p_c .
@@ -20,7 +20,7 @@ expm1((q-1) log p) / (q - 1) is exact all the way to the logarithm at q = 1.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,63 +29,70 @@ from torch import Tensor
 POWER_FROM_Q = 1.5
 
 
-class Tsallis(NamedTuple):
+@dataclass(frozen=True)
+class Tsallis:
     """S_q + offset; q = 1 is Shannon's entropy, q = 2 with offset -1 minus the sum of squares.
 
     normalised: the probabilities are known to add up to one.
     """
 
     q: float
-    normalised: bool = True
     offset: float = 0
+    normalised: bool = True
 
-    @property
     def shift(self) -> float:
         """a."""
         return 1 / (self.q - 1) if self.q >= POWER_FROM_Q else 0.0
 
-    @property
-    def constant(self) -> float:
-        """What - sum_c t_c lacks."""
-        return self.shift + self.offset
-
-    def shifted_log(self, p: Tensor, log_p: Tensor) -> Tensor:
-        """L(p), finite at p = 0, so that p L(p) = 0 there."""
-        if self.q == 2:
-            return p
-        if self.shift:
-            return torch.exp((self.q - 1) * log_p) * self.shift
-        log_p = log_p.clamp_min(math.log(torch.finfo(log_p.dtype).tiny))
-        return log_p if self.q == 1 else torch.expm1((self.q - 1) * log_p) / (self.q - 1)
-
-    def terms(self, p: Tensor, log_p: Tensor, out: Tensor | None = None) -> Tensor:
-        """t = p L(p); out: where it may be put, if it has no better place; then without a graph."""
-        L = self.shifted_log(p, log_p)
-        t = torch.mul(p, L, out=out if out is None or L is p else L)
-        if self.q < 1 and self.normalised:
+    def terms(self, p: Tensor, log_p: Tensor) -> Tensor:
+        """t = p L(p), with L finite at p = 0 so that t is 0 there."""
+        q, tiny = self.q, torch.finfo(p.dtype).tiny
+        if q == 2:
+            return p * p
+        if self.shift():
+            return p * torch.exp((q - 1) * log_p) * self.shift()
+        bounded = log_p.clamp_min(math.log(tiny))
+        if q == 1:
+            return p * bounded
+        t = p * torch.expm1((q - 1) * bounded) / (q - 1)
+        if q < 1 and self.normalised:
             # Where p has been rounded away, p^q is still something.
-            rest = torch.exp(self.q * log_p) / (self.q - 1)
-            t = torch.where(p < torch.finfo(p.dtype).tiny, rest, t)
+            t = torch.where(p < tiny, torch.exp(q * log_p) / (q - 1), t)
         return t
 
     def value(self, p: Tensor, log_p: Tensor, y: Tensor | None = None) -> Tensor:
         """(N, C, *) probabilities and their logarithms -> (N, *)."""
-        phi = self.constant - self.terms(p, log_p).sum(1)
-        if self.normalised or self.shift or self.q == 1:
+        phi = self.shift() + self.offset - self.terms(p, log_p).sum(1)
+        if self.normalised or self.shift() or self.q == 1:
             return phi
         # With a = 0 the sum above takes 1 for the sum of the probabilities.
         return phi + (1 - p.sum(1)) / (self.q - 1)
 
+    def slope(self, p: Tensor, log_p: Tensor, y: Tensor | None = None) -> Tensor:
+        """The slope of the value with respect to the logits, (N, C, *)."""
+        t = self.terms(p, log_p)
+        return -self.q * (t - p * t.sum(1, keepdim=True))
 
-class Label(NamedTuple):
-    """Cross entropy -log p_y against the pixel's index y; g_c = -[c = y] / p_y.
 
-    y = -1 is for the caller to leave out; any other y outside 0..C-1 is NaN, so that it shows.
+@dataclass(frozen=True)
+class Label:
+    """Cross entropy -log p_y against the pixel's class y; g_c = -[c = y] / p_y.
+
+    A pixel whose y is no class has the value of some class: its weight is 0 or NaN.
     """
 
-    def value(self, p: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
-        """(N, C, *) probabilities and their logarithms, (N, *) indices -> (N, *)."""
-        classes = p.shape[1]
-        phi = -log_p.gather(1, y.long().clamp(0, classes - 1).unsqueeze(1)).squeeze(1)
-        known = (y >= -1) & (y < classes)
-        return phi * torch.where(known, 1.0, math.nan).to(phi.dtype)
+    def value(self, p: Tensor, log_p: Tensor, y: Tensor | None) -> Tensor:
+        """(N, C, *) probabilities and their logarithms, (N, *) classes -> (N, *)."""
+        return -log_p.gather(1, self._class(p, y)).squeeze(1)
+
+    def slope(self, p: Tensor, log_p: Tensor, y: Tensor | None) -> Tensor:
+        """The slope of the value with respect to the logits, (N, C, *): p_c - [c = y]."""
+        return p.scatter_add(1, self._class(p, y), -torch.ones_like(p[:, :1]))
+
+    @staticmethod
+    def _class(p: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None
+        return y.long().clamp(0, p.shape[1] - 1).unsqueeze(1)
+
+
+Potential = Tsallis | Label

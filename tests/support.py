@@ -111,7 +111,9 @@ def log_probabilities(x: Tensor, from_logits: bool) -> Tensor:
 
 
 def image_weight(counts: Tensor, ratio: float) -> Tensor:
-    """1 / max(N_c^a N^(1-a), 1) for the counts (C,) of one image."""
+    """1 / max(N_c^a N^(1-a), 1) for the counts (C,) of one image; 1 where nothing is counted."""
+    if not counts.any():
+        return torch.ones_like(counts)
     return 1 / (counts**ratio * counts.sum() ** (1 - ratio)).clamp(min=1)
 
 
@@ -260,18 +262,14 @@ def _multi_level(target: Callable[..., nn.Module], **options: Any) -> nn.Module:
     return maxsquare.MultiLevelLoss(target(**options), threshold=0.6, weight=0.3)
 
 
-OPTIONS = ("reduction", "scale", "activation", "from_logits", "ignore_index")
-
-
 def _multi_level_function(target: Callable[..., Tensor], **own: Any) -> Callable[..., Tensor]:
-    return lambda *heads, **options: functional.multi_level_loss(
-        *heads,
-        target,
-        own | {name: options.pop(name) for name in OPTIONS if name in options},
-        threshold=0.6,
-        weight=0.3,
-        **options,
-    )
+    def loss(logits: Tensor, low_logits: Tensor, **options: Any) -> Tensor:
+        only_target = ("scale", "labels", "ignore_index")
+        shared = {name: value for name, value in options.items() if name not in only_target}
+        guidance = functional.guidance_loss(logits, low_logits, threshold=0.6, **shared)
+        return target(logits, **own, **options) + 0.3 * guidance
+
+    return loss
 
 
 def _tsallis(q: float, ratio: float | None = None) -> Member:
@@ -295,6 +293,12 @@ MEMBERS = [
         maxsquare.IWMaxSquareLoss,
         partial(functional.max_square, ratio=0.2),
         Formula(q=2, ratio=0.2, max_square=True),
+    ),
+    Member(
+        "inverse_iw_max_square",
+        partial(maxsquare.IWMaxSquareLoss, ratio=-0.2),
+        partial(functional.max_square, ratio=-0.2),
+        Formula(q=2, ratio=-0.2, max_square=True),
     ),
     Member("entropy", maxsquare.EntropyLoss, functional.entropy, Formula(q=1)),
     Member(

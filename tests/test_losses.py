@@ -821,19 +821,14 @@ def test_every_call_option_changes_the_result(member: Member) -> None:
 def test_the_defaults_are_the_documented_ones() -> None:
     logits, low_logits = random_logits((2, 3, 4, 5), spread=5), random_logits((2, 3, 4, 5), seed=1)
     same = {
-        MaxSquareLoss: {},
-        IWMaxSquareLoss: {"ratio": 0.2, "ignore_index": -1},
-        EntropyLoss: {},
-        IWEntropyLoss: {"ratio": 0.2, "ignore_index": -1},
-        partial(TsallisEntropyLoss, 1.5): {"ratio": None, "ignore_index": -1},
+        MaxSquareLoss: {"scale": "paper"},
+        IWMaxSquareLoss: {"ratio": 0.2, "ignore_index": -1, "scale": "paper"},
+        EntropyLoss: {"scale": "paper"},
+        IWEntropyLoss: {"ratio": 0.2, "ignore_index": -1, "scale": "paper"},
+        partial(TsallisEntropyLoss, 1.5): {"ratio": None, "ignore_index": -1, "scale": "paper"},
         PseudoLabelLoss: {"threshold": 0.95},
     }
-    common = {
-        "reduction": "mean",
-        "scale": "paper",
-        "activation": "softmax",
-        "from_logits": True,
-    }
+    common = {"reduction": "mean", "activation": "softmax", "from_logits": True}
     for make, defaults in same.items():
         assert torch.equal(make()(logits), make(**defaults, **common)(logits))
     guidance = MultiLevelGuidance()(logits, low_logits)

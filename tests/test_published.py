@@ -28,7 +28,7 @@ TARGET_LOSSES: dict[str, nn.Module] = {
     "entropy": EntropyLoss(scale="reference"),
     **{f"iw_maxsquare@{r}": IWMaxSquareLoss(ratio=r, scale="reference") for r in RATIOS},
     **{f"iw_entropy@{r}": IWEntropyLoss(ratio=r, scale="reference") for r in RATIOS},
-    **{f"hard@{t}": PseudoLabelLoss(threshold=t, scale="reference") for t in (0.6, 0.95)},
+    **{f"hard@{t}": PseudoLabelLoss(threshold=t) for t in (0.6, 0.95)},
 }
 
 

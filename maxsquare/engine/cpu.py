@@ -1,0 +1,370 @@
+"""The two operators on CPUs: `cpu.cpp`, compiled on first use, and a call of it by several threads.
+
+The machine's own compiler makes it for the processor at hand, as Triton and torch.compile make
+their kernels, and the result is kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maxsquare.engine.plain import accumulation_dtype, index_dtype, number_of_classes
+from maxsquare.potentials import Potential, Tsallis
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+# Not -ffast-math, which would lose NaN and infinities.
+FLAGS = (
+    *("-x", "c++", "-std=c++17", "-O3", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-w"),
+    "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
+)
+COMPILER_SECONDS = 120
+# A chunk of pixels fills the second cache with its logits, so that threads seldom meet at the
+# counter of chunks; more rows of cells than these would take more memory for what chunks share.
+CHUNK_PIXELS = 4096
+CHUNKS_OF_CELLS = 64
+# Logits for which it is worth to wake another thread: some tens of microseconds of work.
+LOGITS_PER_THREAD = 2**16
+
+# As `Dtype` and `Kind` in cpu.cpp.
+DTYPES = (
+    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
+SQUARE, SHANNON, POWER, NEAR_ONE, LABEL = range(5)
+
+
+# Compile ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels for logits of a dtype; None, after a warning, where they cannot be made."""
+    flags = (*FLAGS, "-DDOUBLE") if dtype == torch.float64 else FLAGS
+    problem = "there is none"
+    for compiler in compilers():
+        try:
+            return load(compiler, flags)
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+            problem = f"{shlex.join(compiler)}: {lines[-1]}"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            problem = f"{shlex.join(compiler)}: {error}"
+    warnings.warn(
+        "maxsquare computes slowly on this CPU, as no C++ compiler makes its kernels "
+        f"({problem}). Install one (Debian and Ubuntu: apt-get install g++), or name it in the "
+        "environment variable CXX.",
+        stacklevel=2,
+    )
+    return None
+
+
+def compilers() -> Iterator[list[str]]:
+    """Commands to try: that of CXX or CC, else those that are usual."""
+    named = [os.environ[name] for name in ("CXX", "CC") if os.environ.get(name)]
+    for command in named or ("cc", "gcc", "clang"):
+        program, *options = shlex.split(command)
+        path = shutil.which(program)
+        if path or named:  # one that was named and is not there is a problem to tell
+            yield [path or program, *options]
+
+
+def load(compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The compiled kernels, from the user's cache folder if they are there."""
+    key = digest(SOURCE.read_bytes(), repr((compiler, flags)), identity(compiler), processor())
+    folder = cache_folder()
+    for path in folder.glob(f"cpu-{key}-*.so"):
+        # A damaged library would take the process down with it, so its name has its checksum.
+        try:
+            if path.stem.endswith(digest(path.read_bytes())):
+                return ctypes.CDLL(str(path))
+            path.unlink()
+        except OSError:  # unreadable, or on a file system from which nothing is executed
+            continue
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch, "cpu.so")
+        subprocess.run(
+            [*compiler, *flags, str(SOURCE), "-o", str(fresh)],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=COMPILER_SECONDS,
+        )
+        content = fresh.read_bytes()
+        unique = f".{os.getpid()}-{threading.get_ident()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / unique).write_bytes(content)
+            os.replace(folder / unique, folder / f"cpu-{key}-{digest(content)}.so")
+        except OSError:  # the next process compiles again
+            pass
+        return ctypes.CDLL(str(fresh))
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "maxsquare")
+
+
+def identity(compiler: list[str]) -> str:
+    """What changes with another version of the compiler; asking it would take much longer."""
+    program = os.path.realpath(compiler[0])
+    status = os.stat(program)
+    return f"{program} {status.st_size} {status.st_mtime_ns}"
+
+
+def processor() -> str:
+    """What changes with another processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    names = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa")
+    known = [line for line in lines if line.startswith(names)]
+    return repr((platform.machine(), platform.processor(), known))
+
+
+def digest(*parts: bytes | str) -> str:
+    joined = b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)
+    return hashlib.sha256(joined).hexdigest()[:32]
+
+
+# Call ---------------------------------------------------------------------------------------------
+
+
+class Axis(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("scale", "offset", "unit", "source", "size")]
+
+
+class Head(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("stride", ctypes.c_int64 * 5),
+        ("rows", Axis),
+        ("columns", Axis),
+    ]
+
+
+class Task(ctypes.Structure):
+    """An operator's work, as cpu.cpp describes it."""
+
+    _fields_ = [
+        *((name, Head) for name in ("z", "guide", "slope")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "labels valid y weights partial_sums partial_counts partial_slopes sums counts"
+            ).split()
+        ),
+        *((name, ctypes.c_int64) for name in ("images", "classes", "channels", "length")),
+        ("shape", ctypes.c_int64 * 3),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("chunks", "chunk_size", "next_chunk", "ignore_index")
+        ),
+        *((name, ctypes.c_double) for name in ("q", "shift", "constant", "threshold")),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "dtype label_dtype wide_index kind upsampled flat by_class has_threshold held"
+            ).split()
+        ),
+    ]
+
+    def point(self, **tensors: Tensor | None) -> None:
+        """Point to tensors, which live as long as the task: a thread may outlive an interrupt."""
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                setattr(self, name, tensor.data_ptr())
+        self.tensors = (*getattr(self, "tensors", ()), *tensors.values())
+
+
+def classify(
+    z: Tensor,
+    guide: Tensor | None,
+    labels: Tensor | None,
+    valid: Tensor | None,
+    size: tuple[int, int] | None,
+    align_corners: bool,
+    binary: bool,
+    threshold: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """`plain.classify`."""
+    task, spatial = make_task(z, guide, None, size, align_corners, binary)
+    if labels is not None:
+        labels = labels.contiguous()
+        task.label_dtype = DTYPES.index(labels.dtype)
+        # Labels lie at full resolution, whatever the logits do.
+        set_chunks(task, upsampled=False)
+    bins = task.classes + 1
+    y = z.new_empty((task.images, *spatial), dtype=index_dtype(task.classes))
+    counts = z.new_empty((task.images, bins), dtype=torch.long)
+    task.point(
+        y=y,
+        counts=counts,
+        labels=labels,
+        valid=None if valid is None else valid.contiguous(),
+        partial_counts=counts.new_zeros((task.images, task.chunks, bins)),
+    )
+    task.wide_index = y.dtype != torch.int8
+    task.has_threshold, task.threshold = threshold is not None, threshold or 0
+    task.ignore_index = ignore_index
+    run("classify", task, z.dtype)
+    return y, counts
+
+
+def weighted_sum_and_slope(
+    z: Tensor,
+    weights: Tensor,
+    y: Tensor | None,
+    valid: Tensor | None,
+    potential: Potential,
+    size: tuple[int, int] | None,
+    align_corners: bool,
+    binary: bool,
+    with_slope: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`plain.weighted_sum_and_slope`."""
+    dtype = accumulation_dtype(z.dtype)
+    slope = None
+    if with_slope:
+        slope = torch.empty_like(z) if size is None else z.new_empty(z.shape, dtype=dtype)
+    task, _ = make_task(z, None, slope, size, align_corners, binary)
+    sums = z.new_empty(task.images, dtype=dtype)
+    # Of each chunk of cells, the source row that it shares with the next.
+    shared = (task.images, task.chunks, task.channels, z.shape[-1])
+    task.point(
+        y=None if y is None else y.contiguous(),
+        valid=None if valid is None else valid.contiguous(),
+        weights=weights.to(dtype).contiguous(),
+        sums=sums,
+        partial_sums=z.new_empty((task.images, task.chunks), dtype=torch.float64),
+        partial_slopes=z.new_empty(shared, dtype=dtype) if with_slope and size else None,
+    )
+    task.wide_index = y is not None and y.dtype != torch.int8
+    task.by_class = weights.shape[1] > 1
+    if isinstance(potential, Tsallis):
+        shift = potential.shift()
+        near_one = SHANNON if potential.q == 1 else NEAR_ONE
+        task.kind = SQUARE if potential.q == 2 else POWER if shift else near_one
+        task.q, task.shift, task.constant = potential.q, shift, shift + potential.offset
+    else:
+        task.kind = LABEL
+    run("weighted_sum", task, z.dtype)
+    return sums, slope
+
+
+def make_task(
+    z: Tensor,
+    guide: Tensor | None,
+    slope: Tensor | None,
+    size: tuple[int, int] | None,
+    align_corners: bool,
+    binary: bool,
+) -> tuple[Task, tuple[int, ...]]:
+    """How logits and slope lie in memory, and the work in chunks; the result's resolution."""
+    spatial = tuple(z.shape[2:]) if size is None else tuple(size)
+    heads = {"z": z, "guide": guide, "slope": slope}
+    steps = [flat_stride(tensor) for tensor in heads.values() if tensor is not None]
+    task = Task(
+        images=z.shape[0],
+        classes=number_of_classes(z, binary),
+        channels=z.shape[1],
+        length=math.prod(spatial),
+        shape=(1, 1, 1, *spatial)[-3:],
+        dtype=DTYPES.index(z.dtype),
+        upsampled=size is not None,
+        flat=size is None and None not in steps,
+    )
+    task.tensors = tuple(heads.values())
+    for name, tensor in heads.items():
+        if tensor is None:
+            continue
+        images, channels, *pixels = tensor.stride()
+        if task.flat:
+            pixels = [flat_stride(tensor) or 1]
+        head = Head(tensor.data_ptr(), (images, channels, *[0] * (3 - len(pixels)), *pixels))
+        if size is not None:
+            head.rows = make_axis(tensor.shape[2], size[0], align_corners)
+            head.columns = make_axis(tensor.shape[3], size[1], align_corners)
+        setattr(task, name, head)
+    set_chunks(task, upsampled=size is not None)
+    return task, spatial
+
+
+def make_axis(source: int, size: int, align_corners: bool) -> Axis:
+    """Where the pixels of an axis lie: `F.interpolate`'s positions, as exact fractions."""
+    if align_corners:
+        return Axis(max(source - 1, 1), 0, max(size - 1, 1), source, size)
+    return Axis(2 * source, source - size, 2 * size, source, size)
+
+
+def set_chunks(task: Task, upsampled: bool) -> None:
+    """Cut every image into chunks, whatever the number of threads."""
+    parts = task.z.rows.source if upsampled else task.length
+    task.chunk_size = -(-parts // CHUNKS_OF_CELLS) if upsampled else CHUNK_PIXELS
+    task.chunks = -(-parts // max(task.chunk_size, 1))
+
+
+def flat_stride(z: Tensor) -> int | None:
+    """From one pixel to the next, if all spatial dimensions can be walked with one stride."""
+    step = None
+    for length, stride in zip(reversed(z.shape[2:]), reversed(z.stride()[2:]), strict=True):
+        if length == 1:
+            continue
+        if step is None:
+            step, expected = stride, stride
+        if stride != expected:
+            return None
+        expected = stride * length
+    return 1 if step is None else step
+
+
+def run(operator: str, task: Task, dtype: torch.dtype) -> None:
+    """Have as many threads as PyTorch uses take chunks of the task until none is left."""
+    kernels = library(dtype)
+    assert kernels is not None
+    kernel: Any = getattr(kernels, operator)
+    pointer = ctypes.byref(task)
+    helpers = min(
+        torch.get_num_threads(),
+        task.images * task.chunks,
+        task.images * task.length * task.classes // LOGITS_PER_THREAD,
+    )
+    futures = [threads().submit(kernel, pointer) for _ in range(helpers - 1)]
+    done = [kernel(pointer)]
+    # A thread that has not begun is not needed any more.
+    done += [future.result() for future in futures if not future.cancel()]
+    if not all(done):
+        raise MemoryError("no memory for the scratch of maxsquare's kernels")
+    getattr(kernels, f"finish_{operator}")(pointer)
+
+
+@functools.cache
+def threads() -> ThreadPoolExecutor:
+    """Threads that call kernels, which release the interpreter's lock."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="maxsquare")
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process has none of its parent's threads.
+    os.register_at_fork(after_in_child=threads.cache_clear)
