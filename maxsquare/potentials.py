@@ -28,6 +28,9 @@ from torch import Tensor
 # Below, 1 / (q - 1) would be more than twice as large as any entropy of two classes.
 POWER_FROM_Q = 1.5
 
+# The forms that t takes in the kernels, and the potential that has none.
+SQUARE, SHANNON, POWER, NEAR_ONE, LABEL = range(5)
+
 
 @dataclass(frozen=True)
 class Tsallis:
@@ -44,15 +47,21 @@ class Tsallis:
         """a."""
         return 1 / (self.q - 1) if self.q >= POWER_FROM_Q else 0.0
 
+    def kind(self) -> int:
+        """The form of t."""
+        if self.q in (1, 2):
+            return SHANNON if self.q == 1 else SQUARE
+        return POWER if self.shift() else NEAR_ONE
+
     def terms(self, p: Tensor, log_p: Tensor) -> Tensor:
         """t = p L(p), with L finite at p = 0 so that t is 0 there."""
-        q, tiny = self.q, torch.finfo(p.dtype).tiny
-        if q == 2:
+        q, tiny, kind = self.q, torch.finfo(p.dtype).tiny, self.kind()
+        if kind == SQUARE:
             return p * p
-        if self.shift():
+        if kind == POWER:
             return p * torch.exp((q - 1) * log_p) * self.shift()
         bounded = log_p.clamp_min(math.log(tiny))
-        if q == 1:
+        if kind == SHANNON:
             return p * bounded
         t = p * torch.expm1((q - 1) * bounded) / (q - 1)
         if q < 1 and self.normalised:
@@ -80,6 +89,10 @@ class Label:
 
     A pixel whose y is no class has the value of some class: its weight is 0 or NaN.
     """
+
+    def kind(self) -> int:
+        """The form of the slope."""
+        return LABEL
 
     def value(self, p: Tensor, log_p: Tensor, y: Tensor | None) -> Tensor:
         """(N, C, *) probabilities and their logarithms, (N, *) classes -> (N, *)."""

@@ -18,6 +18,7 @@
 // Shared with cpu.py -------------------------------------------------------------------------------
 
 enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, UINT8, INT8, INT16, INT32, INT64 };
+// As in potentials.py.
 enum Kind { SQUARE, SHANNON, POWER, NEAR_ONE, LABEL };
 
 // Pixel k of an axis lies at source position (k * scale + offset) / unit.

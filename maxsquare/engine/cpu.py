@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maxsquare.engine.layout import axis, flat_stride, strides
 from maxsquare.engine.plain import accumulation_dtype, index_dtype, number_of_classes
 from maxsquare.potentials import Potential, Tsallis
 
@@ -44,12 +45,11 @@ CHUNKS_OF_CELLS = 64
 # Logits for which it is worth to wake another thread: some tens of microseconds of work.
 LOGITS_PER_THREAD = 2**16
 
-# As `Dtype` and `Kind` in cpu.cpp.
+# As `Dtype` in cpu.cpp.
 DTYPES = (
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 )
-SQUARE, SHANNON, POWER, NEAR_ONE, LABEL = range(5)
 
 
 # Compile ------------------------------------------------------------------------------------------
@@ -261,14 +261,10 @@ def weighted_sum_and_slope(
         partial_slopes=z.new_empty(shared, dtype=dtype) if with_slope and size else None,
     )
     task.wide_index = y is not None and y.dtype != torch.int8
-    task.by_class = weights.shape[1] > 1
+    task.by_class, task.kind = weights.shape[1] > 1, potential.kind()
     if isinstance(potential, Tsallis):
         shift = potential.shift()
-        near_one = SHANNON if potential.q == 1 else NEAR_ONE
-        task.kind = SQUARE if potential.q == 2 else POWER if shift else near_one
         task.q, task.shift, task.constant = potential.q, shift, shift + potential.offset
-    else:
-        task.kind = LABEL
     run("weighted_sum", task, z.dtype)
     return sums, slope
 
@@ -284,7 +280,7 @@ def make_task(
     """How logits and slope lie in memory, and the work in chunks; the result's resolution."""
     spatial = tuple(z.shape[2:]) if size is None else tuple(size)
     heads = {"z": z, "guide": guide, "slope": slope}
-    steps = [flat_stride(tensor) for tensor in heads.values() if tensor is not None]
+    flat_strides = [flat_stride(tensor) for tensor in heads.values() if tensor is not None]
     task = Task(
         images=z.shape[0],
         classes=number_of_classes(z, binary),
@@ -293,29 +289,19 @@ def make_task(
         shape=(1, 1, 1, *spatial)[-3:],
         dtype=DTYPES.index(z.dtype),
         upsampled=size is not None,
-        flat=size is None and None not in steps,
+        flat=size is None and None not in flat_strides,
     )
     task.tensors = tuple(heads.values())
     for name, tensor in heads.items():
         if tensor is None:
             continue
-        images, channels, *pixels = tensor.stride()
-        if task.flat:
-            pixels = [flat_stride(tensor) or 1]
-        head = Head(tensor.data_ptr(), (images, channels, *[0] * (3 - len(pixels)), *pixels))
+        head = Head(tensor.data_ptr(), strides(tensor, task.flat))
         if size is not None:
-            head.rows = make_axis(tensor.shape[2], size[0], align_corners)
-            head.columns = make_axis(tensor.shape[3], size[1], align_corners)
+            head.rows = Axis(*axis(tensor.shape[2], size[0], align_corners))
+            head.columns = Axis(*axis(tensor.shape[3], size[1], align_corners))
         setattr(task, name, head)
     set_chunks(task, upsampled=size is not None)
     return task, spatial
-
-
-def make_axis(source: int, size: int, align_corners: bool) -> Axis:
-    """Where the pixels of an axis lie: `F.interpolate`'s positions, as exact fractions."""
-    if align_corners:
-        return Axis(max(source - 1, 1), 0, max(size - 1, 1), source, size)
-    return Axis(2 * source, source - size, 2 * size, source, size)
 
 
 def set_chunks(task: Task, upsampled: bool) -> None:
@@ -323,20 +309,6 @@ def set_chunks(task: Task, upsampled: bool) -> None:
     parts = task.z.rows.source if upsampled else task.length
     task.chunk_size = -(-parts // CHUNKS_OF_CELLS) if upsampled else CHUNK_PIXELS
     task.chunks = -(-parts // max(task.chunk_size, 1))
-
-
-def flat_stride(z: Tensor) -> int | None:
-    """From one pixel to the next, if all spatial dimensions can be walked with one stride."""
-    step = None
-    for length, stride in zip(reversed(z.shape[2:]), reversed(z.stride()[2:]), strict=True):
-        if length == 1:
-            continue
-        if step is None:
-            step, expected = stride, stride
-        if stride != expected:
-            return None
-        expected = stride * length
-    return 1 if step is None else step
 
 
 def run(operator: str, task: Task, dtype: torch.dtype) -> None:

@@ -66,12 +66,26 @@ def kernels_for(z: Tensor) -> ModuleType | None:
     return cuda_kernels(z.device) if z.device.type == "cuda" else None
 
 
-@functools.cache
 def cuda_kernels(device: torch.device) -> ModuleType | None:
-    """The CUDA kernels if they give what the plain formula gives; None, after a warning, if not."""
+    """The CUDA kernels, if they give what the plain formula gives on this device."""
+    if device not in _CHECKED_KERNELS:
+        # The check waits for the device, which a graph that is being captured must not.
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        _CHECKED_KERNELS[device] = check_cuda_kernels(device)
+    return _CHECKED_KERNELS[device]
+
+
+# Of each device, once it was checked.
+_CHECKED_KERNELS: dict[torch.device, ModuleType | None] = {}
+
+
+def check_cuda_kernels(device: torch.device) -> ModuleType | None:
+    """The CUDA kernels, or None and a warning."""
     try:
         kernels = importlib.import_module("maxsquare.engine.cuda")
-        kernels.check(device)
+        with torch.cuda.device(device):
+            kernels.check(device)
     except Exception as error:
         # No Triton, no compiler for its launcher, a GPU too old or not NVIDIA's, another version.
         warnings.warn(

@@ -53,9 +53,7 @@ def classify(
     """
     classes = number_of_classes(z, binary)
     if labels is not None:
-        y = labels.long()
-        known = (y >= 0) & (y < classes)
-        y = torch.where((y == ignore_index) | (y == -1), -1, torch.where(known, y, classes))
+        y = labelled(labels, valid, classes, ignore_index).long()
     else:
         heads = [z.detach()] if guide is None else [z.detach(), guide.detach()]
         scores = torch.stack(
@@ -69,11 +67,21 @@ def classify(
         if threshold is not None:
             y = torch.where(scores.amax((1, 2)) <= threshold, -1, y)
         y = torch.where(undefined, classes, y)
-    y = y if valid is None else torch.where(valid, y, -1)
+        y = y if valid is None else torch.where(valid, y, -1)
     bins = y.flatten(1) + 1
     counts = torch.zeros(len(y), classes + 2, dtype=torch.long, device=z.device)
     counts = counts.scatter_add(1, bins, torch.ones_like(bins))[:, 1:]
     return y.to(index_dtype(classes)), counts
+
+
+def labelled(labels: Tensor, valid: Tensor | None, classes: int, ignore_index: int) -> Tensor:
+    """The class of every pixel of a label map."""
+    y = labels.long()
+    known = (y >= 0) & (y < classes)
+    counted = (y != -1) & (y != ignore_index)
+    counted = counted if valid is None else counted & valid
+    y = torch.where(counted, torch.where(known, y, classes), -1)
+    return y.to(index_dtype(classes))
 
 
 def weighted_terms(

@@ -1,0 +1,38 @@
+"""How logits lie in memory, and where upsampled pixels lie among them; for all kernels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def flat_stride(z: Tensor) -> int | None:
+    """From one pixel to the next, if one stride leads through all spatial dimensions."""
+    step, expected = None, None
+    for length, stride in zip(reversed(z.shape[2:]), reversed(z.stride()[2:]), strict=True):
+        if length == 1:
+            continue
+        if step is None:
+            step = expected = stride
+        if stride != expected:
+            return None
+        expected = stride * length
+    return 1 if step is None else step
+
+
+def strides(z: Tensor, flat: bool) -> tuple[int, ...]:
+    """Of images, channels and three spatial dimensions; flat: of these, the last is for all."""
+    images, channels, *spatial = z.stride()
+    if flat:
+        spatial = [flat_stride(z) or 0]
+    return images, channels, *[0] * (3 - len(spatial)), *spatial
+
+
+def axis(source: int, size: int, align_corners: bool) -> tuple[int, int, int, int, int]:
+    """(scale, offset, unit, source, size): pixel k lies at (k * scale + offset) / unit.
+
+    These are the positions of `F.interpolate` as exact fractions: in float32 one far from the
+    origin would lose most of its digits.
+    """
+    if align_corners:
+        return max(source - 1, 1), 0, max(size - 1, 1), source, size
+    return 2 * source, source - size, 2 * size, source, size
