@@ -139,8 +139,9 @@ def _pixel(k, tile, width, row, column, shape, FORM: tl.constexpr):
 @triton.jit
 def _normaliser(head, n, pixel, seen, shape, FORM: tl.constexpr):
     """m and Z of p = exp(z - m) / Z."""
-    m = tl.full([1, FORM.block_m], -float("inf"), FORM.dtype)
-    Z = tl.zeros([1, FORM.block_m], FORM.dtype)
+    BLOCK_M: tl.constexpr = FORM.block_m
+    m = tl.full([1, BLOCK_M], -float("inf"), FORM.dtype)
+    Z = tl.zeros([1, BLOCK_M], FORM.dtype)
     for start in range(0, FORM.classes, FORM.block_c):
         c = start + tl.arange(0, FORM.block_c)[:, None]
         m = tl.maximum(m, tl.max(_read(head, n, c, pixel, seen, shape, FORM), 0, keep_dims=True))
@@ -188,14 +189,16 @@ def _weighted_sum(
     FORM: tl.constexpr,
 ):  # fmt: skip
     """Weighted potentials of a tile, and the slope by the logits of one chunk of classes."""
+    BLOCK_C: tl.constexpr = FORM.block_c
+    BLOCK_M: tl.constexpr = FORM.block_m
     program, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n, tile = program // tiles, program % tiles
     head = z_ptr, z_strides, z_rows, z_columns
     own = chunk * FORM.block_c + tl.arange(0, FORM.block_c)[:, None]
     pixels, width, first_row, first_column = _extent(tile, z_rows, z_columns, length, FORM)
 
-    sums = tl.zeros([1, FORM.block_m], FORM.dtype)
-    upper_left = tl.zeros([FORM.block_c, 1], FORM.dtype)
+    sums = tl.zeros([1, BLOCK_M], FORM.dtype)
+    upper_left = tl.zeros([BLOCK_C, 1], FORM.dtype)
     upper_right, lower_left, lower_right = upper_left, upper_left, upper_left
     for start in range(0, pixels, FORM.block_m):
         k = start + tl.arange(0, FORM.block_m)[None, :]
@@ -205,7 +208,7 @@ def _weighted_sum(
         counted = inside
         if valid_ptr is not None:
             counted &= tl.load(valid_ptr + n * length + pixel, mask=inside, other=0) != 0
-        y = tl.zeros([1, FORM.block_m], tl.int32)
+        y = tl.zeros([1, BLOCK_M], tl.int32)
         if y_ptr is not None:
             y = tl.load(y_ptr + n * length + pixel, mask=inside, other=-1).to(tl.int32)
             counted &= y >= 0
@@ -213,13 +216,13 @@ def _weighted_sum(
             known = counted & (y < FORM.classes)
             w = tl.load(weights_ptr + n * FORM.classes + y, mask=known, other=0)
         else:
-            w = tl.load(weights_ptr + n + tl.zeros([1, FORM.block_m], tl.int32))
+            w = tl.load(weights_ptr + n + tl.zeros([1, BLOCK_M], tl.int32))
         # A pixel whose index is no class shows.
         w = tl.where(y == FORM.classes, float("nan"), w)
 
         m, Z = _normaliser(head, n, pixel, counted, shape, FORM)
         log_Z = tl.log(Z)
-        total = tl.zeros([1, FORM.block_m], FORM.dtype)
+        total = tl.zeros([1, BLOCK_M], FORM.dtype)
         for first in range(0, FORM.classes, FORM.block_c):
             c = first + tl.arange(0, FORM.block_c)[:, None]
             x = _read(head, n, c, pixel, counted, shape, FORM) - m
@@ -278,6 +281,7 @@ def _classify(
     FORM: tl.constexpr,
 ):  # fmt: skip
     """`plain.classify` of a tile without labels."""
+    BLOCK_M: tl.constexpr = FORM.block_m
     program = tl.program_id(0).to(tl.int64)
     n, tile = program // tiles, program % tiles
     head = z_ptr, z_strides, z_rows, z_columns
@@ -295,9 +299,9 @@ def _classify(
             if guide_ptr is not None:
                 guide_m, guide_Z = _normaliser(guide, n, pixel, inside, shape, FORM)
                 sure |= 1 / guide_Z > threshold
-        y = tl.zeros([1, FORM.block_m], tl.int32)
-        best = tl.full([1, FORM.block_m], -float("inf"), FORM.dtype)
-        nan = tl.zeros([1, FORM.block_m], tl.int32)
+        y = tl.zeros([1, BLOCK_M], tl.int32)
+        best = tl.full([1, BLOCK_M], -float("inf"), FORM.dtype)
+        nan = tl.zeros([1, BLOCK_M], tl.int32)
         for first in range(0, FORM.classes, FORM.block_c):
             c = first + tl.arange(0, FORM.block_c)[:, None]
             score = _read(head, n, c, pixel, inside, shape, FORM)
@@ -378,14 +382,15 @@ class Launch:
         spatial = tuple(z.shape[2:]) if size is None else size
         classes = number_of_classes(z, binary)
         block_c = min(triton.next_power_of_2(classes), MAX_CLASSES)
+        tile = TILE * 4 // dtype.itemsize
         self.length = math.prod(spatial)
         if size is None:
-            block_m = min(max(TILE // block_c, MIN_PIXELS), MAX_PIXELS)
+            block_m = min(max(tile // block_c, MIN_PIXELS), MAX_PIXELS)
             self.tiles = triton.cdiv(self.length, block_m)
         else:
             self.tiles = z.shape[2] * z.shape[3]
             pixels = triton.next_power_of_2(triton.cdiv(self.length, self.tiles))
-            block_m = min(pixels, max(TILE // block_c, MIN_CELL_PIXELS))
+            block_m = min(pixels, max(tile // block_c, MIN_CELL_PIXELS))
         flat = size is None and all(flat_stride(head) is not None for head in heads)
         self.shape = (1, 1, 1, *spatial)[-3:]
         self.form = Form(
