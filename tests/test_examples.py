@@ -21,9 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
+import adapt_online
 import evaluate
 import minimal_loop
-import test_time_adaptation
 import train_uda
 from uda import adaptation, checkpoint, loading, outputs, report, scenes
 from uda.datasets import LABEL_SPACES
@@ -271,7 +271,7 @@ def test_checkpoint_with_unusable_settings_is_refused(
 ) -> None:
     settings = outputs.as_json(Settings()) | damage if isinstance(damage, dict) else damage
     checkpoint.save(tmp_path / "odd.pt", {"settings": settings, "model": {}})
-    for script in (evaluate, test_time_adaptation):
+    for script in (evaluate, adapt_online):
         assert script.main([str(tmp_path / "odd.pt")]) == 2
         message = only_sentence(capsys)
         assert "odd.pt holds settings" in message and named in message
@@ -610,7 +610,7 @@ def test_every_error_becomes_a_sentence(error: Exception, told: str) -> None:
 
 @pytest.mark.parametrize(
     ("script", "step"),
-    [(train_uda, "run"), (evaluate, "load_network"), (test_time_adaptation, "load_network")],
+    [(train_uda, "run"), (evaluate, "load_network"), (adapt_online, "load_network")],
 )
 def test_ctrl_c_ends_a_script_in_one_sentence(
     script: ModuleType,
@@ -814,11 +814,12 @@ def test_evaluate_keeps_the_folders_of_images_with_one_name(
         (evaluate, ["--workers", "-1"], "--workers"),
         (evaluate, ["--target-size", "1", "1"], "--target-size"),
         (evaluate, ["--split", "dusk"], "'dusk'"),
-        (test_time_adaptation, ["--batch-size", "0"], "--batch-size"),
-        (test_time_adaptation, ["--batch-size", "-2"], "--batch-size"),
-        (test_time_adaptation, ["--lr", "-1"], "--lr"),
-        (test_time_adaptation, ["--lr", "nan"], "--lr"),
-        (test_time_adaptation, ["--lr", "inf"], "--lr"),
+        (adapt_online, ["--batch-size", "0"], "--batch-size"),
+        (adapt_online, ["--batch-size", "-2"], "--batch-size"),
+        (adapt_online, ["--lr", "-1"], "--lr"),
+        (adapt_online, ["--lr", "0"], "--lr"),
+        (adapt_online, ["--lr", "nan"], "--lr"),
+        (adapt_online, ["--lr", "inf"], "--lr"),
     ],
 )
 def test_bad_option_of_the_other_scripts_is_refused(
@@ -853,10 +854,13 @@ def test_evaluate_names_a_missing_checkpoint(capsys: pytest.CaptureFixture[str])
     assert "missing.pt" in only_sentence(capsys)
 
 
-def test_test_time_adaptation_runs(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert test_time_adaptation.main([str(finished / "source-only" / "last.pt")]) == 0
+def test_adapt_online_compares_what_the_network_may_learn_from(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert adapt_online.main([str(finished / "source-only" / "last.pt")]) == 0
     printed = capsys.readouterr().out
-    assert "adapting" in printed and "mIoU" in printed
+    for column in ("as trained", "statistics", "entropy", "maximum squares", "mIoU"):
+        assert column in printed
 
 
 def test_minimal_loop_runs_and_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
