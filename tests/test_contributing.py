@@ -1,0 +1,41 @@
+"""CONTRIBUTING.md names files, tests and options that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import tyro
+
+import speed
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+def test_every_file_named_exists() -> None:
+    named = re.findall(r"`([\w./]+(?:/|\.\w+|/run))`", TEXT)
+    assert {"tests/support.py", "maxsquare/engine/", ".ci/run"} <= set(named)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_test_named_exists() -> None:
+    tests = [command[3:] for command in COMMANDS if command[1:3] == ["-m", "pytest"]]
+    assert tests
+    for path, *selection in tests:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        support = (ROOT / "tests" / "support.py").read_text(encoding="utf-8")
+        assert not selection or selection[1] in text + support
+
+
+def test_the_benchmark_takes_the_options_named() -> None:
+    (command,) = (command for command in COMMANDS if "speed.py" in " ".join(command))
+    assert (ROOT / command[1]).exists()
+    options = tyro.cli(speed.Options, args=command[2:])
+    assert options.quick
