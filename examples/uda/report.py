@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import io
-import itertools
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -133,27 +130,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "maxsquare": maxsquare.__version__, **found}
 
 
-def command_line(form: type[T], arguments: Sequence[str] | None, **how: Any) -> T:
-    """`tyro.cli`, with what it prints in a box about a wrong option as one sentence.
-
-    Raises:
-        UserError: an option that does not exist, or a value that an option does not take.
-    """
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(form, args=arguments, **how)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        # What is wrong, a rule, further help: in a box with a title, or in ASCII below the title.
-        boxed = complaint.getvalue().startswith("╭")
-        lines = [
-            line.strip("│ ") for line in complaint.getvalue().splitlines()[1 if boxed else 2 :]
-        ]
-        lines = [line.strip("│ ") for line in lines]
-        told = itertools.takewhile(lambda line: line.strip("─-╰╯"), lines)
-        raise UserError(f"{' '.join(told).rstrip('.')}: --help explains every option.") from None
+def command_line(form: type[T], arguments: Sequence[str] | None, **kwargs: Any) -> T:
+    """`tyro.cli`, which says itself what is wrong with an option, and exits with code 2."""
+    return tyro.cli(form, args=arguments, **kwargs)
 
 
 def sentence(error: Exception) -> str:
