@@ -449,16 +449,14 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        options = report.command_line(Options, arguments)
-        path = options.out / "digits-data.png"
-        options.out.mkdir(parents=True, exist_ok=True)
-        sample_panel(path)
-    except (UserError, OSError) as error:
-        print(f"error: {report.sentence(error)}", file=sys.stderr)
-        return 2
+    return report.exit_code(lambda: run(report.command_line(Options, arguments)))
+
+
+def run(options: Options) -> None:
+    path = options.out / "digits-data.png"
+    options.out.mkdir(parents=True, exist_ok=True)
+    sample_panel(path)
     print(f"Picture: {path}")
-    return 0
 
 
 if __name__ == "__main__":

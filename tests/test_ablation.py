@@ -283,7 +283,6 @@ def test_summary_is_made_again_from_the_finished_runs(
         (["--seeds", "3"], Numbers(data="other"), "holds runs with base data none, not other"),
         (["--seeds", "1"], Numbers(), "--seeds 1 gives no interval"),
         (["--workers", "0"], Numbers(), "--workers must be positive"),
-        (["--task", "cats"], Numbers(), "cats"),
     ],
 )
 def test_other_settings_are_refused_in_one_sentence(

@@ -380,8 +380,6 @@ WRONG = [
         (script, options, told)
         for script in (speed, memory)
         for options, told in {
-            "--bogus": "--bogus",
-            "--dtypes int8": "int8",
             "--dtypes": "--dtypes is empty",
             "--heights": "--heights is empty",
             "--heights -5": "--heights must be at least 8, not -5",
@@ -414,6 +412,17 @@ def test_wrong_options_are_told_in_one_sentence_before_anything_is_written(
     output = capsys.readouterr()
     assert output.err.startswith("error: ") and output.err.count("\n") == 1
     assert told in output.err
+    assert not output.out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", [speed, memory])
+@pytest.mark.parametrize("options", ["--bogus", "--dtypes int8"])
+def test_a_command_line_that_cannot_be_parsed_is_refused_before_anything_is_written(
+    script: Any, options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main(["--out", str(tmp_path / "out"), *options.split()]) == 2
+    output = capsys.readouterr()
+    assert options.split()[-1] in output.err
     assert not output.out and not (tmp_path / "out").exists()
 
 

@@ -531,8 +531,7 @@ def test_unparsable_command_line_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="^2$"):
-        train_uda.main(options)
+    assert train_uda.main(options) == 2
     assert options[0] in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -152,6 +152,8 @@ def exit_code(script: Callable[[], object], *, stopped: str = "Stopped before th
     except (UserError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # of `command_line`, after --help or a wrong option
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130
