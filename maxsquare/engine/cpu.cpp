@@ -441,12 +441,13 @@ template <int KIND, bool SLOPED> struct WeightedSum {
     Task &task;
     const int tile;
     Scratch scratch;
-    real *x, *e, *w, *upper, *lower;  // upper, lower: slopes of the source rows around
+    real *x, *e, *w, *by_index;
+    real *upper, *lower;  // slopes of the source rows around
     integer *y;
 
     explicit WeightedSum(Task &task)
         : task(task), tile(tile_of(task)),
-          scratch(7 * 64 + (4 * task.classes + 2) * tile * (int64_t)sizeof(real) +
+          scratch(8 * 64 + ((4 * task.classes + 2) * tile + task.classes + 2) * (int64_t)sizeof(real) +
                   (task.upsampled ? Upsampling::bytes(task, task.z, tile) : 0)) {
         if (!scratch.memory) return;
         x = scratch.take<real>(task.classes * tile);
@@ -455,6 +456,7 @@ template <int KIND, bool SLOPED> struct WeightedSum {
         lower = scratch.take<real>(task.classes * tile);
         w = scratch.take<real>(tile);
         y = scratch.take<integer>(tile);
+        by_index = scratch.take<real>(task.classes + 2);
     }
 
     bool run() {
@@ -474,6 +476,7 @@ template <int KIND, bool SLOPED> struct WeightedSum {
 
     double pixels(int64_t n, int64_t chunk) {
         double sum = 0;
+        start_image(n);
         for (int64_t pixel = begin_of(task, chunk); pixel < end_of(task, chunk); pixel += tile) {
             int64_t left = end_of(task, chunk) - pixel;
             int count = left < tile ? (int)left : tile;
@@ -498,6 +501,7 @@ template <int KIND, bool SLOPED> struct WeightedSum {
                     memset(slope + c * plane + i * columns.source, 0, columns.source * sizeof(real));
         }
         double sum = 0;
+        start_image(n);
         for (int64_t column = 0; column < columns.size; column += tile) {
             int count = columns.size - column < tile ? (int)(columns.size - column) : tile;
             z.cell_row = -1;
@@ -540,21 +544,35 @@ template <int KIND, bool SLOPED> struct WeightedSum {
         return total;
     }
 
-    // Weights and indices of a tile's pixels. One that does not count gets weight 0, and logits of
-    // 0 whatever they were; one whose index is no class gets NaN.
-    OUTLINE void prepare(int64_t n, int64_t pixel, int count) {
+    // Weights of image n by index: 0 for -1, NaN for what is no class.
+    void start_image(int64_t n) {
         const real *weights = (const real *)task.weights + n * (task.by_class ? task.classes : 1);
+        by_index[0] = 0;
+        for (int64_t c = 0; c < task.classes; c++) by_index[c + 1] = weights[task.by_class ? c : 0];
+        by_index[task.classes + 1] = (real)__builtin_nan("");
+    }
+
+    // Weights and indices of a tile's pixels. One that does not count gets logits of 0 whatever
+    // they were.
+    OUTLINE void prepare(int64_t n, int64_t pixel, int count) {
         const int64_t at = n * task.length + pixel;
+        for (int k = count; k < tile; k++) y[k] = -1;
+        if (!task.y)
+            for (int k = 0; k < count; k++) y[k] = 0;
+        else if (task.wide_index)
+            for (int k = 0; k < count; k++) y[k] = ((const int32_t *)task.y)[at + k];
+        else
+            for (int k = 0; k < count; k++) y[k] = ((const int8_t *)task.y)[at + k];
+        if (task.valid)
+            for (int k = 0; k < count; k++) y[k] = task.valid[at + k] ? y[k] : -1;
+        integer least = 0;
         for (int k = 0; k < tile; k++) {
-            int64_t index = k < count ? 0 : -1;
-            if (task.y && k < count) index = integer_at(task.wide_index ? INT32 : INT8, task.y, at + k);
-            if (task.valid && k < count && !task.valid[at + k]) index = -1;
-            y[k] = (integer)index;
-            w[k] = index == task.classes ? (real)__builtin_nan("") : index < 0 ? 0
-                   : weights[task.by_class ? index : 0];
-            if (index < 0)
-                for (int64_t c = 0; c < task.channels; c++) x[c * tile + k] = 0;
+            w[k] = by_index[y[k] + 1];
+            least = y[k] < least ? y[k] : least;
         }
+        if (least == 0) return;
+        for (int64_t c = 0; c < task.channels; c++)
+            for (int k = 0; k < tile; k++) x[c * tile + k] = y[k] < 0 ? 0 : x[c * tile + k];
     }
 };
 
@@ -745,4 +763,12 @@ extern "C" void finish_classify(Task *t) {
                 count += t->partial_counts[(n * t->chunks + chunk) * bins + bin];
             t->counts[n * bins + bin] = count;
         }
+}
+
+// out = slope[n] * factors[n], in the dtype of the logits.
+extern "C" void scale(int dtype, int64_t images, int64_t size, real *slope, real *factors, void *out) {
+    with_type(dtype, out, [&](auto *to) {
+        for (int64_t n = 0; n < images; n++)
+            for (int64_t k = n * size; k < (n + 1) * size; k++) assign(to[k], slope[k] * factors[n]);
+    });
 }

@@ -269,6 +269,21 @@ def weighted_sum_and_slope(
     return sums, slope
 
 
+def scale(slope: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every image's slope times its factor, in a dtype."""
+    kernels = library(slope.dtype)
+    assert kernels is not None
+    slope, factors = slope.contiguous(), factors.to(slope.dtype).contiguous()
+    result = torch.empty_like(slope, dtype=dtype)
+    kernels.scale(
+        DTYPES.index(dtype),
+        ctypes.c_int64(len(slope)),
+        ctypes.c_int64(slope[:1].numel()),
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (slope, factors, result)),
+    )
+    return result
+
+
 def make_task(
     z: Tensor,
     guide: Tensor | None,
