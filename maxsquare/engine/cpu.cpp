@@ -597,18 +597,23 @@ INLINE Reals exponentials(const Task &task, real *x, int tile) {
 // Classes of a vector of pixels with logits at x and, of the guide, at g: the first of those with the
 // largest (mean) probability, -1 where no head is sure, `classes` where a probability is NaN.
 INLINE Integers predict(const Task &task, real *x, real *g, int tile) {
-    Reals scale = splat(1), guide_scale = scale, best = splat(-__builtin_inff());
+    Reals ratio = splat(1), best = splat(-__builtin_inff());
     Integers unsure = Integers{}, undefined = unsure, y = unsure, index = unsure;
     if (task.has_threshold) {
         // The largest probability of a head is exp(0) / Z.
-        scale = (real)1 / exponentials(task, x, tile);
-        if (task.guide.data) guide_scale = (real)1 / exponentials(task, g, tile);
-        unsure = scale <= (real)task.threshold;
-        if (task.guide.data) unsure &= guide_scale <= (real)task.threshold;
+        Reals Z = exponentials(task, x, tile);
+        unsure = (real)1 / Z <= (real)task.threshold;
+        if (task.guide.data) {
+            Reals guide_Z = exponentials(task, g, tile);
+            unsure &= (real)1 / guide_Z <= (real)task.threshold;
+            ratio = Z / guide_Z;
+        }
     }
     for (int64_t c = 0; c < task.classes * tile; c += tile, index += 1) {
-        Reals score = load(x + c) * scale;
-        if (task.guide.data) score += load(g + c) * guide_scale;
+        // Z times the sum of both probabilities. Of two products in a sum a fused multiply-add
+        // rounds only one, so that classes whose means are equal would not tie.
+        Reals score = load(x + c);
+        if (task.guide.data) score += load(g + c) * ratio;
         undefined |= score != score;
         Integers larger = score > best;
         best = larger ? score : best;
