@@ -61,8 +61,9 @@ struct Task {
 #ifdef DOUBLE
 typedef double real;
 typedef int64_t integer;
+typedef uint64_t word;
 static const int LANES = 8, MANTISSA = 52, LOG_TERMS = 11, EXPM1_TERMS = 16;
-static const integer ROOT_HALF = 0x3fe6a09e667f3bcd;
+static const word ROOT_HALF = 0x3fe6a09e667f3bcd;
 static const real ROUND = 6755399441055744, TINY = 2.2250738585072014e-308;
 static const real LOG_TINY = -708.3964185322641;
 // log 2 in two parts, the first with so few digits that its multiples are exact.
@@ -70,14 +71,16 @@ static const real LOG_2 = 0.6931471805592082, LOG_2_REST = 7.371002565167799e-13
 #else
 typedef float real;
 typedef int32_t integer;
+typedef uint32_t word;
 static const int LANES = 16, MANTISSA = 23, LOG_TERMS = 5, EXPM1_TERMS = 9;
-static const integer ROOT_HALF = 0x3f3504f3;
+static const word ROOT_HALF = 0x3f3504f3;
 static const real ROUND = 12582912, TINY = 1.17549435e-38f, LOG_TINY = -87.336545f;
 static const real LOG_2 = 0.693359375f, LOG_2_REST = -0.00021219444f;
 #endif
 
 typedef real Reals __attribute__((vector_size(64)));
 typedef integer Integers __attribute__((vector_size(64)));
+typedef word Words __attribute__((vector_size(64)));  // whose overflow is defined
 
 INLINE Reals load(const real *from) {
     Reals x;
@@ -112,14 +115,14 @@ INLINE Reals exponential(Reals x) {
     y = y * r + 1.0f;
 #endif
     // The low digits of `shifted` are the integer n, which belongs into the exponent.
-    y = (Reals)((Integers)y + ((Integers)shifted << MANTISSA));
+    y = (Reals)((Words)y + ((Words)shifted << MANTISSA));
     return x < LOG_TINY ? Reals{} : y;
 }
 
 // k log 2 + 2 artanh(s), s = (f - 1) / (f + 1), of a normal x = 2^k f; NaN for NaN.
 INLINE Reals logarithm(Reals x) {
-    Integers k = ((Integers)x - ROOT_HALF) >> MANTISSA;
-    Reals f = (Reals)((Integers)x - (k << MANTISSA));
+    Integers k = (Integers)((Words)x - ROOT_HALF) >> MANTISSA;
+    Reals f = (Reals)((Words)x - ((Words)k << MANTISSA));
     Reals s = (f - (real)1) / (f + (real)1), series = Reals{};
     for (int term = LOG_TERMS; term > 0; term--)
         series = (series + (real)1 / (2 * term + 1)) * s * s;
