@@ -65,9 +65,12 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
             return load(compiler, flags)
         except subprocess.CalledProcessError as error:
             lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
-            problem = f"{shlex.join(compiler)}: {lines[-1]}"
-        except (OSError, subprocess.TimeoutExpired) as error:
-            problem = f"{shlex.join(compiler)}: {error}"
+            reason = next((line for line in lines if "error" in line), lines[-1])
+        except subprocess.TimeoutExpired:
+            reason = f"takes longer than {COMPILER_SECONDS} seconds"
+        except OSError as error:  # of the loader, it has no other text than a temporary name
+            reason = error.strerror or "what it makes cannot be loaded"
+        problem = f"{shlex.join(compiler)}: {reason}"
     warnings.warn(
         "maxsquare computes slowly on this CPU, as no C++ compiler makes its kernels "
         f"({problem}). Install one (Debian and Ubuntu: apt-get install g++), or name it in the "
