@@ -1,0 +1,291 @@
+"""The CPU kernels are compiled once, whoever asks at the same time and whatever goes wrong."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from support import assert_close, member_named, oracle, random_logits, value_and_gradient
+
+from maxsquare.engine import cpu, operators
+
+pytestmark = pytest.mark.skipif(not any(cpu.compilers()), reason="needs a C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels as the machine's own compiler makes them in an empty cache folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        assert cpu.load(next(cpu.compilers()), cpu.FLAGS).weighted_sum
+    (path,) = folder.glob("maxsquare/*")
+    return path
+
+
+class Compiler:
+    """A command that notes its arguments, and gives the compiled kernels without delay."""
+
+    def __init__(self, path: Path, compiled: Path) -> None:
+        self.path, self.calls_path = path, path.with_suffix(".calls")
+        self.calls_path.touch()
+        self.write(f'for output; do :; done; cp {compiled} "$output"')
+
+    def write(self, action: str) -> None:
+        self.path.write_text(f'#!/bin/sh\necho "$@" >> {self.calls_path}\n{action}\n')
+        self.path.chmod(0o755)
+
+    @property
+    def calls(self) -> list[str]:
+        return self.calls_path.read_text().splitlines()
+
+    def load(self) -> None:
+        assert cpu.load([str(self.path)], cpu.FLAGS).weighted_sum
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder of a process that has not compiled, and for which none is named."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    cpu.library.cache_clear()
+    yield tmp_path / "cache" / "maxsquare"
+    cpu.library.cache_clear()
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, compiled: Path, cache: Path) -> Compiler:
+    return Compiler(tmp_path / "compiler", compiled)
+
+
+def warnings_of_losses(*dtypes: torch.dtype) -> list[str]:
+    """What a user is shown while losses of these dtypes are computed, rightly, twice over."""
+    member = member_named("iw_max_square")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for dtype in (*dtypes, *dtypes):
+            z = random_logits((1, 3, 4, 5)).to(dtype)
+            for size in (None, (9, 11)):
+                loss = partial(member.make(), size=size)
+                formula = lambda z, size=size: oracle(member, (z,), size=size)  # noqa: E731
+                value, (slope,) = value_and_gradient(loss, (z,))
+                exact, (exact_slope,) = value_and_gradient(formula, (z.double(),))
+                assert_close(value, exact, dtype)
+                assert_close(slope, exact_slope, dtype)
+    return [str(warning.message) for warning in caught]
+
+
+# Kept
+
+
+def test_kernels_are_compiled_once_and_found_again(compiler: Compiler, cache: Path) -> None:
+    for _ in range(3):
+        compiler.load()
+    assert len(compiler.calls) == 1
+    (path,) = cache.iterdir()
+    assert path.suffix == ".so"
+
+
+def test_a_warm_start_takes_little_time_and_no_compiler(
+    compiler: Compiler, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.load()
+    monkeypatch.setattr(subprocess, "run", None)
+    begin = time.process_time()
+    compiler.load()
+    # Of the processor, so that other processes do not count.
+    assert time.process_time() - begin < 0.05
+
+
+@pytest.mark.parametrize("changed", ["source", "flags", "compiler", "processor"])
+def test_whatever_changes_the_kernels_compiles_them_again(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: str
+) -> None:
+    compiler.load()
+    if changed == "source":
+        other = tmp_path / "cpu.cpp"
+        other.write_bytes(cpu.SOURCE.read_bytes() + b"\n")
+        monkeypatch.setattr(cpu, "SOURCE", other)
+    elif changed == "flags":
+        monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-g"))
+    elif changed == "compiler":
+        compiler.write(compiler.path.read_text().splitlines()[-1] + "  # another version")
+    else:
+        monkeypatch.setattr(cpu, "processor", lambda: "another")
+    compiler.load()
+    assert len(compiler.calls) == 2
+
+
+def test_the_processor_is_known_by_more_than_its_architecture() -> None:
+    if Path("/proc/cpuinfo").exists():
+        assert len(cpu.processor()) > 100
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "no library"])
+def test_a_damaged_file_is_compiled_again(compiler: Compiler, cache: Path, damage: str) -> None:
+    compiler.load()
+    (path,) = cache.iterdir()
+    # Written anew: what is mapped into this process must not change.
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    content[len(content) // 2] ^= 4
+    path.write_bytes(
+        {
+            "truncated": bytes(content[: len(content) // 2]),
+            "empty": b"",
+            "one bit": bytes(content),
+            "no library": b"not a library",
+        }[damage]
+    )
+    compiler.load()
+    compiler.load()
+    assert len(compiler.calls) == 2
+    (path,) = cache.iterdir()
+    assert path.read_bytes() != bytes(content)
+
+
+def test_what_an_interrupted_process_left_is_harmless(compiler: Compiler, cache: Path) -> None:
+    compiler.load()
+    (path,) = cache.iterdir()
+    path.unlink()
+    key = path.stem.rsplit("-", 1)[0]
+    (cache / f".{os.getpid()}-1").write_bytes(b"half of it")
+    (cache / f"{key}-{'0' * 32}.so").write_bytes(b"half of it")
+    (cache / f"{key}-folder.so").mkdir()
+    compiler.load()
+    compiler.load()
+    assert len(compiler.calls) == 2 and path.exists()
+
+
+# Whose compiler
+
+
+@pytest.mark.parametrize("name", ["CXX", "CC"])
+def test_the_environment_names_the_compiler_and_its_options(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, f"{shlex.quote(str(compiler.path))} -option 'with space'")
+    assert not warnings_of_losses(torch.float32, torch.bfloat16)
+    (call,) = compiler.calls
+    assert call.startswith("-option with space ") and "-DDOUBLE" not in call
+    assert cpu.library(torch.float64)
+    assert "-DDOUBLE" in compiler.calls[-1]
+
+
+def test_cxx_goes_before_cc_which_goes_before_the_usual_ones(
+    tmp_path: Path, compiled: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cc, cxx, usual = (Compiler(tmp_path / name, compiled) for name in ("for_c", "for_cxx", "cc"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CC", "for_c")
+    monkeypatch.setenv("CXX", "for_cxx")
+    assert cpu.library(torch.float32)
+    assert [len(each.calls) for each in (cxx, cc, usual)] == [1, 0, 0]
+    cpu.library.cache_clear()
+    cxx.write("exit 1")
+    assert cpu.library(torch.float32)
+    assert [len(each.calls) for each in (cxx, cc, usual)] == [2, 1, 0]
+    cpu.library.cache_clear()
+    monkeypatch.delenv("CC")
+    monkeypatch.delenv("CXX")
+    assert cpu.library(torch.float32)
+    assert [len(each.calls) for each in (cxx, cc, usual)] == [2, 1, 1]
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("action", "told"),
+    [
+        ("echo 'error: no cc1plus' >&2; echo 'terminated.' >&2; exit 1", "error: no cc1plus"),
+        ("echo 'killed' >&2; exit 1", "killed"),
+        ("exit 3", "exit status 3"),
+        ('for output; do :; done; echo nonsense > "$output"', "cannot be loaded"),
+        ("exit 0", "No such file"),
+        ("exec sleep 30", "longer than 0.3 seconds"),
+    ],
+    ids=["with an error", "with a reason", "without", "nonsense", "nothing", "endless"],
+)
+def test_a_compiler_that_fails_gives_one_warning_and_the_plain_formula(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, action: str, told: str
+) -> None:
+    monkeypatch.setenv("CXX", str(compiler.path))
+    monkeypatch.setattr(cpu, "COMPILER_SECONDS", 0.3)
+    compiler.write(action)
+    (message,) = warnings_of_losses(torch.float32, torch.bfloat16, torch.float64)
+    assert str(compiler.path) in message and told in message
+    assert "apt-get install g++" in message and "CXX" in message
+    # Each dtype is tried once.
+    assert len(compiler.calls) == 2
+    assert operators.kernels_for(torch.zeros(1, 2, 3)) is None
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "usual"])
+def test_no_compiler_gives_one_warning_and_the_plain_formula(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: bool
+) -> None:
+    if named:
+        monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    (message,) = warnings_of_losses(torch.float32, torch.bfloat16, torch.float64)
+    assert ("no-such-compiler" if named else "there is none") in message
+    assert "apt-get install g++" in message
+
+
+def test_a_cache_folder_that_cannot_be_written_to_is_done_without(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("CXX", str(compiler.path))
+    assert not warnings_of_losses(torch.float32)
+    assert len(compiler.calls) == 1
+    assert operators.kernels_for(torch.zeros(1, 2, 3)) is cpu
+
+
+def test_a_full_disk_leaves_no_half_a_library(
+    compiler: Compiler, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        compiler.load()
+    assert not list(cache.glob("*.so"))
+    compiler.load()
+    assert len(compiler.calls) == 2 and len(list(cache.glob("*.so"))) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_processes_that_compile_at_once_all_get_kernels(compiler: Compiler, cache: Path) -> None:
+    compiler.write(f"sleep 0.3\n{compiler.path.read_text().splitlines()[-1]}")
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            try:
+                compiler.load()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert len(compiler.calls) == 3
+    (path,) = cache.iterdir()
+    compiler.load()
+    assert len(compiler.calls) == 3
