@@ -499,6 +499,25 @@ def test_exported_losses_hold_the_operators(member: Member, strict: bool, calls:
     assert half and calls[:half] == calls[half:]
 
 
+@each_kind
+@each_size
+def test_losses_without_gradient_compile(
+    member: Member, size: tuple[int, int] | None, calls: Calls
+) -> None:
+    torch._dynamo.reset()
+    inputs = inputs_of(member, (2, 5, 4, 6))
+    expected = loss_of(member, size)(*inputs).detach()
+    for context, leaves in (
+        (torch.no_grad(), inputs),
+        (torch.enable_grad(), tuple(x.detach() for x in inputs)),
+    ):
+        calls.clear()
+        with context:
+            loss = torch.compile(loss_of(member, size), fullgraph=True, backend=Recording())
+            assert torch.equal(loss(*leaves), expected)
+        assert ("sum", False) in calls and ("sum", True) not in calls
+
+
 def allocated(run: Callable[[], Any]) -> list[int]:
     """Bytes of every tensor for which memory is taken."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

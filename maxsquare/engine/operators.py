@@ -218,9 +218,25 @@ class _WeightedSum(torch.autograd.Function):
 
     generate_vmap_rule = True
 
+    # One by one: without gradients, the compiler tells from their number that none is ctx.
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        sums, slope = torch.ops.maxsquare.weighted_sum(*inputs)
+    def forward(
+        z: Tensor,
+        weights: Tensor,
+        y: Tensor | None,
+        valid: Tensor | None,
+        q: float | None,
+        offset: float,
+        height: int | None,
+        width: int | None,
+        align_corners: bool,
+        binary: bool,
+        with_slope: bool,
+    ) -> tuple[Tensor, Tensor]:
+        tensors, size = (z, weights, y, valid), (height, width)
+        sums, slope = torch.ops.maxsquare.weighted_sum(
+            *tensors, q, offset, *size, align_corners, binary, with_slope
+        )
         return sums, slope
 
     @staticmethod
