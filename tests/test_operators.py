@@ -518,6 +518,17 @@ def test_losses_without_gradient_compile(
         assert ("sum", False) in calls and ("sum", True) not in calls
 
 
+@each_size
+def test_transforms_within_what_is_compiled_are_right(size: tuple[int, int] | None) -> None:
+    torch._dynamo.reset()
+    loss = functools.partial(IWMaxSquareLoss(), size=size)
+    z = random_logits((2, 1, 3, 4, 5))
+    gradient = torch.func.grad(loss)
+    for transformed, logits in ((gradient, z[0]), (torch.func.vmap(gradient), z)):
+        compiled = torch.compile(transformed, fullgraph=True, backend=Recording())
+        assert_close(compiled(logits), transformed(logits))
+
+
 def allocated(run: Callable[[], Any]) -> list[int]:
     """Bytes of every tensor for which memory is taken."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

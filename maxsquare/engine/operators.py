@@ -406,13 +406,16 @@ def weighted_sum(
     from_logits: bool,
 ) -> Tensor:
     """`plain.weighted_sum` by the fastest path."""
-    if not can_call(z, from_logits):
+    compiling = torch.compiler.is_compiling()
+    # Of a transform within what it compiles, the compiler would drop the operator's derivatives.
+    within_transform = compiling and torch._C._are_functorch_transforms_active()
+    if within_transform or not can_call(z, from_logits):
         how = (size, align_corners, binary, from_logits)
         return plain.weighted_sum(z, weights, y, valid, potential, *how)
     q, offset = (None, 0.0) if isinstance(potential, Label) else (potential.q, potential.offset)
     height, width = size or (None, None)
     with_slope = size is not None and torch.is_grad_enabled() and z.requires_grad
-    function = _CompiledWeightedSum if torch.compiler.is_compiling() else _WeightedSum
+    function = _CompiledWeightedSum if compiling else _WeightedSum
     options = (q, offset, height, width, align_corners, binary, with_slope)
     sums: Tensor = function.apply(z, weights, y, valid, *options)[0]
     return sums
