@@ -218,25 +218,9 @@ class _WeightedSum(torch.autograd.Function):
 
     generate_vmap_rule = True
 
-    # One by one: without gradients, the compiler tells from their number that none is ctx.
     @staticmethod
-    def forward(
-        z: Tensor,
-        weights: Tensor,
-        y: Tensor | None,
-        valid: Tensor | None,
-        q: float | None,
-        offset: float,
-        height: int | None,
-        width: int | None,
-        align_corners: bool,
-        binary: bool,
-        with_slope: bool,
-    ) -> tuple[Tensor, Tensor]:
-        tensors, size = (z, weights, y, valid), (height, width)
-        sums, slope = torch.ops.maxsquare.weighted_sum(
-            *tensors, q, offset, *size, align_corners, binary, with_slope
-        )
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        sums, slope = torch.ops.maxsquare.weighted_sum(*inputs)
         return sums, slope
 
     @staticmethod
@@ -264,23 +248,23 @@ class _WeightedSum(torch.autograd.Function):
         return (gradient * z_tangent).flatten(1).sum(1, dtype=ones.dtype), None
 
 
-class _CompiledWeightedSum(torch.autograd.Function):
-    """`_WeightedSum` for the compiler, which takes neither forward mode nor second derivatives."""
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.options = inputs[:4], inputs[4:]
+    _, slope = output
+    ctx.mark_non_differentiable(slope)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, slope)
 
-    forward = _WeightedSum.forward
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        tensors, ctx.options = inputs[:4], inputs[4:]
-        _, slope = output
-        ctx.mark_non_differentiable(slope)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, slope)
-
-    @staticmethod
-    def backward(ctx: Any, sums_grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, sums_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    gradient = None
+    if sums_grad is not None:
         gradient = _gradient(sums_grad, *ctx.saved_tensors, *ctx.options)
-        return gradient, *[None] * (3 + len(ctx.options))
+    return gradient, *[None] * (3 + len(ctx.options))
+
+
+# Of the operator itself, as compiled and exported programs call it: first derivatives alone.
+torch.library.register_autograd("maxsquare::weighted_sum", _backward, setup_context=_setup_context)
 
 
 def _gradient(
@@ -415,7 +399,7 @@ def weighted_sum(
     q, offset = (None, 0.0) if isinstance(potential, Label) else (potential.q, potential.offset)
     height, width = size or (None, None)
     with_slope = size is not None and torch.is_grad_enabled() and z.requires_grad
-    function = _CompiledWeightedSum if compiling else _WeightedSum
+    call = torch.ops.maxsquare.weighted_sum if compiling else _WeightedSum.apply
     options = (q, offset, height, width, align_corners, binary, with_slope)
-    sums: Tensor = function.apply(z, weights, y, valid, *options)[0]
+    sums: Tensor = call(z, weights, y, valid, *options)[0]
     return sums

@@ -127,13 +127,14 @@ def weighted_sum_and_slope(
     sums = weighted_sum(z, weights, y, valid, potential, size, align_corners, binary)
     if not with_slope:
         return sums, None
-    with torch.enable_grad():
-        leaf = z.detach().to(sums.dtype).requires_grad_()
-        full = full_resolution(leaf, size, align_corners, binary)
+    z_wide = z.detach().to(sums.dtype)
+    full, backward, *_ = torch.func.vjp(
+        lambda z: full_resolution(z, size, align_corners, binary), z_wide
+    )
     w, counted = pixel_weights(full, weights, y, valid)
-    p, log_p = probabilities(torch.where(counted.unsqueeze(1), full.detach(), 0))
+    p, log_p = probabilities(torch.where(counted.unsqueeze(1), full, 0))
     full_slope = torch.where(counted, w, 0).unsqueeze(1) * potential.slope(p, log_p, y)
-    (slope,) = torch.autograd.grad(full, leaf, full_slope)
+    (slope,) = backward(full_slope)
     return sums, slope.to(z.dtype) if size is None else slope
 
 
