@@ -500,6 +500,27 @@ def test_exported_losses_hold_the_operators(member: Member, strict: bool, calls:
 
 
 @each_kind
+def test_exported_losses_can_be_learnt_from(member: Member, calls: Calls) -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = member.make()
+
+        def forward(self, *heads: Tensor) -> Tensor:
+            return self.loss(*heads, size=(30, 40)) + self.loss(*heads)
+
+    inputs = inputs_of(member, (2, 5, 4, 6))
+    exported = torch.export.export(Head(), inputs).module()
+    expected, slopes = value_and_gradient(Head(), inputs)
+    calls.clear()
+    value, gradients = value_and_gradient(exported, inputs)
+    assert torch.equal(value, expected)
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        assert_close(gradient, slope)
+    assert ("sum", True) in calls
+
+
+@each_kind
 @each_size
 def test_losses_without_gradient_compile(
     member: Member, size: tuple[int, int] | None, calls: Calls
