@@ -13,6 +13,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from support import (
+    LAYOUTS,
     MEMBERS,
     Member,
     assert_close,
@@ -149,14 +150,16 @@ def test_gpu_kernels_that_do_not_work_give_one_warning_and_the_plain_formula(
         raise ImportError(f"no {name}")
 
     monkeypatch.setattr(operators.importlib, "import_module", fail)
-    operators.cuda_kernels.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match=r"slowly on cuda:0.*no maxsquare\.engine\.cuda"):
-            assert operators.cuda_kernels(torch.device("cuda", 0)) is None
-        # Once is enough.
-        assert operators.cuda_kernels(torch.device("cuda", 0)) is None
-    finally:
-        operators.cuda_kernels.cache_clear()
+    monkeypatch.setattr(operators, "_CHECKED_KERNELS", {})
+    device = torch.device("cuda", 0)
+    # While a graph is captured nothing is checked, nor settled for later.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert operators.cuda_kernels(device) is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.warns(UserWarning, match=r"slowly on cuda:0.*no maxsquare\.engine\.cuda"):
+        assert operators.cuda_kernels(device) is None
+    # Once is enough.
+    assert operators.cuda_kernels(device) is None
 
 
 class Carrier(Tensor):
@@ -358,9 +361,11 @@ def test_second_derivatives_of_a_mapped_loss(size: tuple[int, int] | None) -> No
 # Registration
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("binary", [False, True], ids=["softmax", "binary"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("layout", "binary", "dtype"),
+    [("contiguous", False, torch.float32), ("channels_last", True, torch.float16)],
+    ids=["usual", "unusual"],
+)
 def test_the_operators_are_registered_as_they_behave(
     layout: str, binary: bool, dtype: torch.dtype
 ) -> None:
@@ -385,6 +390,17 @@ def test_the_operators_are_registered_as_they_behave(
             for with_slope in (False, True):
                 arguments = (z, weights, y, valid, q, 0.0, *how, with_slope)
                 torch.library.opcheck(OPERATORS.weighted_sum.default, arguments)
+    slope = z.to(plain.accumulation_dtype(dtype))
+    torch.library.opcheck(OPERATORS.scale.default, (slope, torch.rand(2), dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_scaled_slope_is_rounded_once(dtype: torch.dtype, layout: str) -> None:
+    slope = lay_out(random_logits((3, 4, 5, 6)).float(), layout)
+    factors = torch.tensor([1e-7, -1, 3e4])
+    expected = (slope * factors.view(-1, 1, 1, 1)).to(dtype)
+    assert torch.equal(OPERATORS.scale(slope, factors, dtype), expected)
 
 
 @pytest.mark.parametrize("classes", [127, 128])
