@@ -44,9 +44,7 @@ torch.library.define(
     "SymInt? height, SymInt? width, bool align_corners, bool binary, bool with_slope) "
     "-> (Tensor sums, Tensor slope)",
 )
-torch.library.define(
-    "maxsquare::scale", "(Tensor slope, Tensor factors, ScalarType dtype) -> Tensor"
-)
+torch.library.define("maxsquare::scale", "(Tensor slope, Tensor factors, Tensor z) -> Tensor")
 
 # Function transforms take options apart that are not numbers, so operators have numbers only.
 
@@ -139,10 +137,11 @@ def _weighted_sum(
 
 
 @torch.library.impl("maxsquare::scale", "default")
-def _scale(slope: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+def _scale(slope: Tensor, factors: Tensor, z: Tensor) -> Tensor:
+    """The gradient by z, of which a compiler is to know that it depends on z."""
     if kernels_for(slope) is cpu:
-        return cpu.scale(slope, factors, dtype)
-    return (slope * factors.view(-1, *[1] * (slope.dim() - 1))).to(dtype)
+        return cpu.scale(slope, factors, z.dtype)
+    return (slope * factors.view(-1, *[1] * (slope.dim() - 1))).to(z.dtype)
 
 
 # Shapes -------------------------------------------------------------------------------------------
@@ -177,8 +176,8 @@ def _weighted_sum_shapes(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("maxsquare::scale")  # type: ignore[untyped-decorator]
-def _scale_shapes(slope: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(slope, dtype=dtype, memory_format=torch.contiguous_format)
+def _scale_shapes(slope: Tensor, factors: Tensor, z: Tensor) -> Tensor:
+    return torch.empty_like(slope, dtype=z.dtype, memory_format=torch.contiguous_format)
 
 
 # Function transforms ------------------------------------------------------------------------------
@@ -279,7 +278,7 @@ def _gradient(
     """The gradient by z; slope: of the sums, if the pass that made them took it (with_slope)."""
     *rest, with_slope = options
     if with_slope:
-        gradient: Tensor = torch.ops.maxsquare.scale(slope, sums_grad, z.dtype)
+        gradient: Tensor = torch.ops.maxsquare.scale(slope, sums_grad, z)
         return gradient
     weights = weights * sums_grad.unsqueeze(1)
     _, gradient = torch.ops.maxsquare.weighted_sum(z, weights, y, valid, *rest, True)
