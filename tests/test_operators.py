@@ -391,7 +391,7 @@ def test_the_operators_are_registered_as_they_behave(
                 arguments = (z, weights, y, valid, q, 0.0, *how, with_slope)
                 torch.library.opcheck(OPERATORS.weighted_sum.default, arguments)
     slope = z.to(plain.accumulation_dtype(dtype))
-    torch.library.opcheck(OPERATORS.scale.default, (slope, torch.rand(2), dtype))
+    torch.library.opcheck(OPERATORS.scale.default, (slope, torch.rand(2), z))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -400,7 +400,7 @@ def test_a_scaled_slope_is_rounded_once(dtype: torch.dtype, layout: str) -> None
     slope = lay_out(random_logits((3, 4, 5, 6)).float(), layout)
     factors = torch.tensor([1e-7, -1, 3e4])
     expected = (slope * factors.view(-1, 1, 1, 1)).to(dtype)
-    assert torch.equal(OPERATORS.scale(slope, factors, dtype), expected)
+    assert torch.equal(OPERATORS.scale(slope, factors, slope.to(dtype)), expected)
 
 
 @pytest.mark.parametrize("classes", [127, 128])
@@ -553,6 +553,17 @@ def test_losses_without_gradient_compile(
             loss = torch.compile(loss_of(member, size), fullgraph=True, backend=Recording())
             assert torch.equal(loss(*leaves), expected)
         assert ("sum", False) in calls and ("sum", True) not in calls
+
+
+@each_size
+def test_second_derivatives_of_what_is_compiled_are_refused(size: tuple[int, int] | None) -> None:
+    """As PyTorch refuses those of all that it compiles: never are they silently 0."""
+    torch._dynamo.reset()
+    z = random_logits((1, 3, 4, 5)).requires_grad_()
+    loss = torch.compile(functools.partial(MaxSquareLoss(), size=size), backend=Recording())
+    (gradient,) = torch.autograd.grad(loss(z), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        torch.autograd.grad(gradient.square().sum() + z.sum(), z)
 
 
 @each_size
