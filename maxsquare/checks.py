@@ -1,18 +1,26 @@
 """What every argument must be: TypeError for the wrong kind, ValueError for the wrong value.
 
-No check reads the elements of a tensor, so none waits for a device.
+No check reads the elements of a tensor on a GPU, so none waits for it; `warn_of_probabilities`
+does, once for every module.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+SIGNED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (*SIGNED, torch.uint16, torch.uint32, torch.uint64)
+# How far from 1 the sum of a pixel's probabilities may be, in half precision with many classes.
+PROBABILITY_TOLERANCE = 0.02
+# The logits of fewer pixels may look like probabilities by chance.
+FEWEST_PIXELS = 16
 
 
 def check_options(
@@ -39,7 +47,7 @@ def check_options(
     _number("threshold", threshold, lambda t: 0 <= t <= 1, "from 0 to 1")
     _number("q", q, lambda q: 0 < q <= torch.finfo(torch.float32).max, "above 0, and finite")
     _number("weight", weight, lambda w: 0 <= w < math.inf, "of at least 0")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if not _is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int, not {ignore_index!r}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit into 64 bits, not {ignore_index!r}")
@@ -75,12 +83,17 @@ def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, i
     if isinstance(size, (bytes, bytearray)) or not all(map(_is_int, pair)):
         raise TypeError(f"size must be one or two ints (height, width), not {size!r}")
     if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"size must be one or two positive ints (height, width), not {size!r}")
+        raise ValueError(
+            "size must be one or two positive ints (height, width), for upsampling is "
+            f"two-dimensional only, not {size!r}"
+        )
     if logits.dim() != 4 or 0 in logits.shape[2:]:
         raise ValueError(
-            f"size needs logits of shape (N, C, height, width), not {tuple(logits.shape)}"
+            "size needs logits of shape (N, C, height, width), for upsampling is two-dimensional "
+            f"only, not {tuple(logits.shape)}"
         )
-    return pair[0], pair[1]
+    height, width = (int(n) if isinstance(n, Integral) else n for n in pair)
+    return height, width
 
 
 def check_heads(
@@ -122,12 +135,17 @@ def check_map(
         return
     _tensor(name, pixels)
     if name == "valid" and pixels.dtype is not torch.bool:
-        raise TypeError(f"valid must be a bool tensor, not {pixels.dtype}")
+        raise TypeError(f"valid must be a bool tensor, not {pixels.dtype}: write valid != 0")
     if name == "labels" and pixels.dtype not in INTEGERS:
-        raise TypeError(f"labels must be an integer tensor, not {pixels.dtype}")
+        raise TypeError(
+            f"labels must be an integer tensor, not {pixels.dtype}: write labels.long()"
+        )
     wanted = (logits.shape[0], *(logits.shape[2:] if size is None else size))
     if tuple(pixels.shape) != wanted:
-        raise ValueError(f"{name} must have shape {wanted}, not {tuple(pixels.shape)}")
+        hint = ""
+        if tuple(pixels.shape) == (wanted[0], 1, *wanted[1:]):
+            hint = f": write {name}.squeeze(1)"
+        raise ValueError(f"{name} must have shape {wanted}, not {tuple(pixels.shape)}{hint}")
     _same_device(name, pixels, logits)
 
 
@@ -136,9 +154,62 @@ def check_labels(labels: object) -> None:
     _tensor("labels", labels)
 
 
+def check_classes(labels: Tensor, unknown: Tensor, classes: int, ignore_index: int) -> None:
+    """Labels on a CPU have to be classes; unknown: how many are not, of each image."""
+    if labels.device.type != "cpu" or not can_read(unknown) or not unknown.any():
+        return
+    y = labels.long()
+    outside = (y != -1) & (y != ignore_index) & ((y < 0) | (y >= classes))
+    raise ValueError(
+        f"labels must be classes 0 to {classes - 1}, or -1 or ignore_index ({ignore_index}), not "
+        f"{int(y[outside][0])}: if that marks pixels without a label, give it as ignore_index"
+    )
+
+
+def warn_of_probabilities(name: str, logits: Tensor, activation: str, from_logits: bool) -> None:
+    """Warn if what is given as logits looks like probabilities, or as probabilities does not."""
+    if logits.numel() < FEWEST_PIXELS * (logits.shape[1] if activation == "softmax" else 1):
+        return
+    x = logits.detach()
+    inside = bool(((x >= 0) & (x <= 1)).all())
+    if activation == "softmax":
+        total = x.sum(1, dtype=torch.float32)
+        probabilities = inside and bool(((total - 1).abs() <= PROBABILITY_TOLERANCE).all())
+    else:
+        probabilities = inside and bool(((x > 0) & (x < 1)).any())
+    if from_logits and probabilities:
+        warnings.warn(
+            f"{name} is given what looks like probabilities, and takes logits: leave the "
+            f"{activation} to the loss, or say from_logits=False.",
+            stacklevel=3,
+        )
+    elif not (from_logits or (inside if activation == "sigmoid" else probabilities)):
+        warnings.warn(
+            f"{name} with from_logits=False takes probabilities, and is given numbers that are "
+            "none: leave from_logits=True for logits.",
+            stacklevel=3,
+        )
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether its elements may be looked at here: not by a compiler, transform, or capture."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or tensor.device.type == "meta"
+        or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
 def _tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+        hint = ""
+        if isinstance(value, Mapping):
+            hint = f": give one of its entries {', '.join(map(str, value))}"
+        elif isinstance(value, (list, tuple)):
+            hint = ": give one head's; low-level heads are the second argument of MultiLevelLoss"
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}{hint}")
     if value.layout is not torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} must be a dense tensor, not a {kind} one")
@@ -156,16 +227,17 @@ def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
+    # NumPy's bool, without NumPy.
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
 def _number(name: str, value: object, fits: Callable[[float], bool], wanted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number {wanted}, not {value!r}")
-    if not fits(value):
+    if not fits(float(value)):
         raise ValueError(f"{name} must be a number {wanted}, not {value!r}")
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)

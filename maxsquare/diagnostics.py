@@ -133,9 +133,11 @@ def class_gradient_share(
         z = z.requires_grad_()
         total = loss(z, valid=valid).sum()
     (slope,) = torch.autograd.grad(total, z)
-    strength = slope.abs().sum(1, dtype=torch.float64)
+    # Apple's GPUs have no float64.
+    widest = torch.float32 if slope.device.type == "mps" else torch.float64
+    strength = slope.abs().sum(1, dtype=widest)
     shares = torch.stack([(strength * (labels == k)).sum() for k in range(logits.shape[1])])
-    return (shares / shares.sum().clamp_min(torch.finfo(torch.float64).tiny)).to(z.dtype)
+    return (shares / shares.sum().clamp_min(torch.finfo(widest).tiny)).to(z.dtype)
 
 
 def _check_single_head(loss: nn.Module) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from maxsquare import engine
 from maxsquare.checks import (
+    SIGNED,
+    check_classes,
     check_heads,
     check_image_wise,
     check_labels,
@@ -28,6 +30,17 @@ from maxsquare.checks import (
 from maxsquare.potentials import Label, Potential, Tsallis
 
 Size = int | Sequence[int] | None
+
+__all__ = [
+    "cross_entropy",
+    "entropy",
+    "guidance_labels",
+    "guidance_loss",
+    "image_weights",
+    "max_square",
+    "pseudo_label_loss",
+    "tsallis_entropy",
+]
 
 
 def max_square(
@@ -144,7 +157,7 @@ def pseudo_label_loss(
     check_image_wise(labels, None)
     check_options(reduction=reduction, threshold=threshold)
     z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
-    y, counts = engine.classify(z, valid=valid, threshold=threshold, **how)
+    y, counts = engine.classify(z, valid=valid, threshold=float(threshold), **how)
     return _label_loss(logits, z, y, counts, reduction, how)
 
 
@@ -176,7 +189,7 @@ def guidance_labels(
     z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
     (low_logits,) = check_heads([low_logits], logits, resized=how["size"] is not None)
     low = _images(low_logits, how["binary"])
-    y, _ = engine.classify(low, guide=z, valid=valid, threshold=threshold, **how)
+    y, _ = engine.classify(low, guide=z, valid=valid, threshold=float(threshold), **how)
     y = y.long()
     if how["binary"]:  # the first class is "on"
         y = torch.where((y == 0) | (y == 1), 1 - y, y)
@@ -201,7 +214,7 @@ def guidance_loss(
     heads = check_heads(low_logits, logits, resized=how["size"] is not None)
     losses = []
     for low in (_images(head, how["binary"]) for head in heads):
-        y, counts = engine.classify(low, guide=z, valid=valid, threshold=threshold, **how)
+        y, counts = engine.classify(low, guide=z, valid=valid, threshold=float(threshold), **how)
         losses.append(_label_loss(logits, low, y, counts, reduction, how))
     return torch.stack(losses).sum(0)
 
@@ -215,6 +228,7 @@ def cross_entropy(
     valid: Tensor | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
+    activation: str = "softmax",
 ) -> Tensor:
     r"""Cross entropy -log p_y of labelled pixels, the upsampling of the logits included.
 
@@ -226,16 +240,19 @@ def cross_entropy(
     Args:
         logits: (N, C) or (N, C, *spatial), floating point.
         labels: (N, *spatial of the result), integers. -1 and `ignore_index` do not count; any
-            other label outside 0..C-1 makes the loss NaN (to raise an error, the host would
-            have to wait for the device).
+            other label outside 0..C-1 is an error on the CPU, and makes the loss NaN on a GPU (to
+            raise an error, the host would have to wait for it).
         size: height and width to which the logits are upsampled bilinearly first.
         align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
         valid: bool, the shape of `labels`; pixels that count.
         ignore_index: a further label that does not count.
         reduction: "mean" over the pixels that count, "sum", or "none".
+        activation: "softmax", or "sigmoid": the binary cross entropy of every channel, whose label
+            is whether the pixel's is that channel's class; of a single channel, whether it is 1.
 
     Shape:
-        A scalar; (N, *spatial) with reduction="none". float32 for half-precision logits.
+        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial). float32 for
+        half-precision logits.
 
     Raises:
         TypeError: a tensor of the wrong kind or dtype.
@@ -250,12 +267,12 @@ def cross_entropy(
     Source: the supervised term of M. Chen et al., ICCV 2019, as in every segmentation network.
     """
     check_options(reduction=reduction, ignore_index=ignore_index)
-    z, valid, how = _prepare(logits, size, align_corners, valid)
+    z, valid, how = _prepare(logits, size, align_corners, valid, activation)
     check_labels(labels)
     check_map("labels", labels, logits, how["size"])
-    y, counts = engine.classify(
-        z, labels=_image_maps(labels, logits), valid=valid, ignore_index=ignore_index, **how
-    )
+    y, counts = _label_classes(labels, logits, z, valid, ignore_index, how)
+    classes = max(logits.shape[1], 2)
+    check_classes(labels, counts[:, -1], classes, ignore_index)
     return _label_loss(logits, z, y, counts, reduction, how)
 
 
@@ -288,7 +305,7 @@ def image_weights(
     z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
     y, counts = engine.classify(z, valid=valid, **how)
     if labels is not None:
-        counts = _label_counts(labels, logits, z, valid, ignore_index, how)
+        _, counts = _label_classes(labels, logits, z, valid, ignore_index, how)
     classes = engine.number_of_classes(z, how["binary"])
     weights = _class_weights(counts, ratio, z.dtype)
     y = y.long()
@@ -330,7 +347,7 @@ def _tsallis_loss(
     else:
         y, counts = engine.classify(z, valid=valid, **how)
         if labels is not None:
-            counts = _label_counts(labels, logits, z, valid, ignore_index, how)
+            _, counts = _label_classes(labels, logits, z, valid, ignore_index, how)
         weights = factor * _class_weights(counts, ratio, z.dtype)
         weights = weights / max(z.shape[0], 1) if reduction == "mean" else weights
     return _reduce(logits, z, weights, y, valid, potential, reduction, how)
@@ -377,9 +394,9 @@ def _prepare(
     binary = activation == "sigmoid"
     how = {
         "size": size,
-        "align_corners": align_corners,
+        "align_corners": bool(align_corners),
         "binary": binary,
-        "from_logits": from_logits,
+        "from_logits": bool(from_logits),
     }
     maps = None if valid is None else _image_maps(valid, logits, binary)
     return _images(logits, binary), maps, how
@@ -401,27 +418,30 @@ def _class_weights(counts: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
     return 1 / torch.where(total > 0, n**ratio * total ** (1 - ratio), 1).clamp_min(1)
 
 
-def _label_counts(
+def _label_classes(
     labels: Tensor,
     logits: Tensor,
     z: Tensor,
     valid: Tensor | None,
     ignore_index: int,
     how: dict[str, Any],
-) -> Tensor:
-    """Pixels of each class of a given label map, per image; other values are not counted."""
+) -> tuple[Tensor, Tensor]:
+    """The class of every pixel of a label map, and the counts of classes in every image."""
     check_map("labels", labels, logits, how["size"])
+    labels = labels if labels.dtype in SIGNED else labels.long()
     y = _image_maps(labels, logits, how["binary"])
     if how["binary"]:
-        # Channel c is a problem of two classes: 0, a pixel labelled c, and 1, any other.
+        # Channel c is a problem of two classes: 0, a pixel of its class, and 1, any other. The
+        # class of a single channel is 1, the foreground's.
         channels = logits.shape[1]
+        own = torch.arange(channels, device=y.device) if channels > 1 else y.new_ones(1)
+        own = own.repeat(y.shape[0] // channels).view(-1, *[1] * (y.dim() - 1))
         y = y.long()
-        counted = (y >= 0) & (y < channels) & (y != ignore_index)
-        channel = torch.arange(channels, device=y.device).repeat(y.shape[0] // channels)
-        other = y != channel.view(-1, *[1] * (y.dim() - 1))
-        y, ignore_index = torch.where(counted, other.long(), -1), -1
-    _, counts = engine.classify(z, labels=y, valid=valid, ignore_index=ignore_index, **how)
-    return counts
+        known = (y >= 0) & (y < max(channels, 2))
+        ignored = (y == -1) | (y == ignore_index)
+        y = torch.where(ignored, -1, torch.where(known, (y != own).long(), 2))
+        ignore_index = -1
+    return engine.classify(z, labels=y, valid=valid, ignore_index=ignore_index, **how)
 
 
 def _images(logits: Tensor, binary: bool) -> Tensor:

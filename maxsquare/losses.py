@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from maxsquare import functional
-from maxsquare.checks import check_options, check_ratio
+from maxsquare.checks import (
+    can_read,
+    check_logits,
+    check_options,
+    check_ratio,
+    warn_of_probabilities,
+)
 from maxsquare.functional import Size
+
+HINTS = {
+    "num_class": "the logits tell how many classes there are",
+    "num_classes": "the logits tell how many classes there are",
+    "ignore_index": "give the mask of the pixels that count to the call, as valid",
+    "scale": "it would change nothing",
+    "ratio": "the image-wise losses have it",
+}
+Loss = TypeVar("Loss", bound=type)
+
+
+def _explains_options(loss: Loss) -> Loss:
+    """Let the constructor of a loss explain why it does not have an option."""
+    construct = loss.__init__  # type: ignore[misc]
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:
+        names = [field.name for field in fields(loss)]
+        for option in options:
+            if option not in names:
+                hint = f": {HINTS[option]}" if option in HINTS else ""
+                raise TypeError(
+                    f"{loss.__name__} has the options {', '.join(names)}, not {option}{hint}"
+                )
+        construct(self, *arguments, **options)
+
+    loss.__init__ = __init__  # type: ignore[misc]
+    return loss
 
 
 @dataclass(eq=False, repr=False)
@@ -24,6 +59,7 @@ class _PixelLoss(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self._looked_at_input = False
         # The compiler cannot read the fields of a dataclass.
         self._names = tuple(field.name for field in fields(self))
         check_options(**self.options())
@@ -35,6 +71,30 @@ class _PixelLoss(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
 
+    def _look_at_input(self, logits: Tensor) -> None:
+        """Warn, at the first call only, of probabilities given as logits and the reverse."""
+        if not self._looked_at_input and isinstance(logits, Tensor) and can_read(logits):
+            self._looked_at_input = True
+            check_logits("logits", logits, self.activation)
+            name = type(self).__name__
+            warn_of_probabilities(name, logits, self.activation, self.from_logits)
+
+    def _refuse(
+        self, takes: str, unexpected: tuple[object, ...], unknown: dict[str, object]
+    ) -> None:
+        """Say what to write instead of arguments that a call does not take."""
+        name = type(self).__name__
+        if unexpected:
+            raise TypeError(
+                f"{name} takes {takes} alone by position, and options by name: probabilities and "
+                "numbers of classes are its own business"
+            )
+        for option in unknown:
+            raise TypeError(
+                f"{name} takes {takes}, size, align_corners, valid and labels, not {option}: its "
+                f"other options are those of {name}(...)"
+            )
+
 
 @dataclass(eq=False, repr=False)
 class _TargetLoss(_PixelLoss):
@@ -45,13 +105,16 @@ class _TargetLoss(_PixelLoss):
     def forward(
         self,
         logits: Tensor,
-        *,
+        *unexpected: object,
         size: Size = None,
         align_corners: bool = False,
         valid: Tensor | None = None,
         labels: Tensor | None = None,
+        **unknown: object,
     ) -> Tensor:
         """The loss of logits (N, C, *spatial); see the class for the arguments."""
+        self._refuse("logits", unexpected, unknown)
+        self._look_at_input(logits)
         return type(self).function(
             logits,
             size=size,
@@ -62,6 +125,7 @@ class _TargetLoss(_PixelLoss):
         )
 
 
+@_explains_options
 @dataclass(eq=False, repr=False)
 class MaxSquareLoss(_TargetLoss):
     r"""Rewards confident predictions, with a gradient that grows only linearly in confidence.
@@ -111,6 +175,7 @@ class MaxSquareLoss(_TargetLoss):
     function = staticmethod(functional.max_square)
 
 
+@_explains_options
 @dataclass(eq=False, repr=False)
 class IWMaxSquareLoss(_TargetLoss):
     r"""Maximum squares with the classes of every image balanced, so that rare ones count.
@@ -172,6 +237,7 @@ class IWMaxSquareLoss(_TargetLoss):
         super().__post_init__()
 
 
+@_explains_options
 @dataclass(eq=False, repr=False)
 class EntropyLoss(_TargetLoss):
     r"""Rewards confident predictions by Shannon's entropy, the usual choice before.
@@ -217,6 +283,7 @@ class EntropyLoss(_TargetLoss):
     function = staticmethod(functional.entropy)
 
 
+@_explains_options
 @dataclass(eq=False, repr=False)
 class IWEntropyLoss(_TargetLoss):
     r"""Entropy with the classes of every image balanced, so that rare ones count.
@@ -276,6 +343,7 @@ class IWEntropyLoss(_TargetLoss):
         super().__post_init__()
 
 
+@_explains_options
 @dataclass(eq=False, repr=False)
 class TsallisEntropyLoss(_TargetLoss):
     r"""One dial from entropy minimisation (q = 1) to maximum squares (q = 2) and beyond.
@@ -330,6 +398,7 @@ class TsallisEntropyLoss(_TargetLoss):
     function = staticmethod(functional.tsallis_entropy)
 
 
+@_explains_options
 @dataclass(eq=False, repr=False)
 class PseudoLabelLoss(_TargetLoss):
     r"""Cross entropy against the prediction itself wherever it is confident.
@@ -373,6 +442,7 @@ class PseudoLabelLoss(_TargetLoss):
     function = staticmethod(functional.pseudo_label_loss)
 
 
+@_explains_options
 @dataclass(eq=False, repr=False)
 class MultiLevelGuidance(_PixelLoss):
     r"""Low-level heads learn, by cross entropy, from the prediction averaged over both heads.
@@ -428,6 +498,7 @@ class MultiLevelGuidance(_PixelLoss):
         valid: Tensor | None = None,
     ) -> Tensor:
         """The sum of the low-level heads' losses; see the class for the arguments."""
+        self._look_at_input(logits)
         return functional.guidance_loss(
             logits,
             low_logits,

@@ -208,8 +208,8 @@ def test_shares_are_taken_at_the_size_of_the_result(align_corners: bool) -> None
 
 def test_a_rare_class_gets_a_larger_share_under_image_wise_weights() -> None:
     logits = torch.zeros(1, 2, 10, 10, dtype=torch.float64)
-    logits[:, 0] = 1.0
-    logits[:, :, 0, :2] = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None]
+    logits[:, 0] = 1.5
+    logits[:, :, 0, :2] = torch.tensor([0.0, 1.5], dtype=torch.float64)[:, None]
     labels = logits.argmax(1)
     plain = class_gradient_share(MaxSquareLoss(), logits, labels)
     balanced = class_gradient_share(IWMaxSquareLoss(ratio=1), logits, labels)

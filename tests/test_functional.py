@@ -235,15 +235,47 @@ def test_cross_entropy_at_size_is_upsampling_and_then_cross_entropy(
 
 
 @pytest.mark.parametrize("outside", [-2, 4, 255])
-def test_cross_entropy_with_a_label_outside_the_classes_is_not_a_number(outside: int) -> None:
+def test_cross_entropy_names_a_label_that_is_no_class(outside: int) -> None:
     logits, labels = random_logits((2, 4, 5, 6)), random_labels((2, 4, 5, 6))
     labels[1, 2, 3] = outside
-    for reduction in ("mean", "sum"):
-        assert functional.cross_entropy(logits, labels, reduction=reduction).isnan()
+    for reduction in ("mean", "sum", "none"):
+        with pytest.raises(ValueError, match=rf"not {outside}: .* ignore_index"):
+            functional.cross_entropy(logits, labels, reduction=reduction)
     assert not functional.cross_entropy(logits, labels, ignore_index=outside).isnan()
     valid = torch.ones_like(labels, dtype=torch.bool)
     valid[1, 2, 3] = False
     assert not functional.cross_entropy(logits, labels, valid=valid).isnan()
+
+
+def test_cross_entropy_is_not_a_number_where_it_cannot_look_at_labels() -> None:
+    logits, labels = random_logits((2, 4, 5, 6)), random_labels((2, 4, 5, 6))
+    labels[1, 2, 3] = 4
+    (gradient, value) = torch.func.grad_and_value(functional.cross_entropy)(logits, labels)
+    assert value.isnan() and gradient[1, :, 2, 3].isnan().all()
+    compiled = torch.compile(functional.cross_entropy, backend="eager", fullgraph=True)
+    assert compiled(logits, labels).isnan()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [None, (9, 11)], ids=["as is", "upsampled"])
+def test_cross_entropy_of_sigmoids_equals_that_of_torch(
+    channels: int, size: tuple[int, int] | None
+) -> None:
+    logits = random_logits((2, channels, 5, 6))
+    labels = random_labels((2, max(channels, 2), *(size or (5, 6)))).clamp(min=0)
+
+    def ours(z: Tensor) -> Tensor:
+        return functional.cross_entropy(z, labels, size=size, activation="sigmoid")
+
+    def theirs(z: Tensor) -> Tensor:
+        z = z if size is None else F.interpolate(z, size, mode="bilinear")
+        target = F.one_hot(labels, channels).movedim(-1, 1) if channels > 1 else labels[:, None]
+        return F.binary_cross_entropy_with_logits(z, target.to(z.dtype))
+
+    value, (gradient,) = value_and_gradient(ours, (logits,))
+    expected, (slope,) = value_and_gradient(theirs, (logits,))
+    assert_close(value, expected)
+    assert_close(gradient, slope)
 
 
 def test_cross_entropy_does_not_hide_what_is_not_a_number() -> None:

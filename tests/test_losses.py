@@ -6,6 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ from support import (
 )
 from torch import Tensor, nn
 
+import maxsquare
 from maxsquare import (
     EntropyLoss,
     IWEntropyLoss,
@@ -799,7 +801,8 @@ def test_every_constructor_option_changes_the_result(one: nn.Module, other: nn.M
 @each_member
 def test_from_logits_changes_the_result(member: Member) -> None:
     inputs = tuple(x.softmax(1) for x in (LOGITS, LOW_LOGITS)[: member.heads])
-    assert (member.make()(*inputs) - member.make(from_logits=False)(*inputs)).abs() > 1e-6
+    difference = member.function(*inputs) - member.function(*inputs, from_logits=False)
+    assert difference.abs() > 1e-6
 
 
 @each_member
@@ -921,3 +924,125 @@ def test_a_target_loss_with_a_forward_of_its_own_is_heard_within_the_multi_level
     own = MultiLevelLoss(Doubled())(logits, low_logits, size=(9, 11))
     entropy = EntropyLoss()(logits, size=(9, 11))
     assert_close(own, 2 * entropy + 0.1 * guidance)
+
+
+# --------------------------------------------------------------------------------------------
+# Mistakes that are easy to make
+# --------------------------------------------------------------------------------------------
+
+each_activation = pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+
+
+def probabilities(activation: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return activate(random_logits((1, 150, 6, 7)), activation).to(dtype)
+
+
+@each_member
+@each_activation
+def test_probabilities_given_as_logits_are_noticed_once(member: Member, activation: str) -> None:
+    inputs = (probabilities(activation),) * member.heads
+    loss = member.make(activation=activation)
+    with pytest.warns(UserWarning, match="what looks like probabilities"):
+        loss(*inputs)
+    loss(*inputs)
+
+
+@each_activation
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_probabilities_of_half_precision_are_noticed(activation: str, dtype: torch.dtype) -> None:
+    with pytest.warns(UserWarning, match="say from_logits=False"):
+        MaxSquareLoss(activation=activation)(probabilities(activation, dtype))
+    MaxSquareLoss(activation=activation, from_logits=False)(probabilities(activation, dtype))
+
+
+@each_member
+@each_activation
+def test_logits_given_as_probabilities_are_noticed(member: Member, activation: str) -> None:
+    loss = member.make(activation=activation, from_logits=False)
+    with pytest.warns(UserWarning, match="leave from_logits=True for logits"):
+        loss(*[random_logits((1, 4, 5, 6))] * member.heads)
+
+
+def test_what_is_given_is_looked_at_in_eager_calls_only() -> None:
+    p = probabilities("softmax")
+    torch.func.grad(MaxSquareLoss())(p)
+    torch.compile(MaxSquareLoss(), backend="eager", fullgraph=True)(p)
+    torch.func.vmap(MaxSquareLoss())(p.unsqueeze(0))
+    MaxSquareLoss()(p.to("meta"))
+
+
+@each_member
+def test_what_users_of_the_published_code_write_is_explained(member: Member) -> None:
+    logits = LOGITS.double()
+    loss, heads = member.make(), [logits] * member.heads
+    name = type(loss).__name__
+    if member.heads == 1:
+        with pytest.raises(TypeError, match=rf"{name} takes logits alone by position"):
+            loss(logits, logits.softmax(1))
+        with pytest.raises(TypeError, match=rf"{name} takes logits, .* not target"):
+            loss(logits, target=logits)
+    for wrong, told in (
+        ({"out": logits, "aux": logits}, "out, aux"),
+        ([logits], "give one head's"),
+    ):
+        with pytest.raises(TypeError, match=told):
+            loss(wrong, *heads[1:])
+
+
+def test_options_that_a_loss_does_not_have_are_explained() -> None:
+    for option, told in (("num_class", "the logits tell"), ("ignore_index", "valid")):
+        with pytest.raises(TypeError, match=rf"MaxSquareLoss .* not {option}: .*{told}"):
+            MaxSquareLoss(**{option: 19})
+    with pytest.raises(TypeError, match=r"PseudoLabelLoss .* not scale: it would change nothing"):
+        PseudoLabelLoss(scale="reference")
+
+
+def test_maps_of_another_form_are_told_how_to_write_them() -> None:
+    logits, mask = random_logits((2, 4, 5, 6)), torch.ones(2, 1, 5, 6)
+    with pytest.raises(TypeError, match="write valid != 0"):
+        MaxSquareLoss()(logits, valid=mask)
+    with pytest.raises(ValueError, match=r"write valid\.squeeze\(1\)"):
+        MaxSquareLoss()(logits, valid=mask.bool())
+    with pytest.raises(TypeError, match=r"write labels\.long\(\)"):
+        IWMaxSquareLoss()(logits, labels=mask[:, 0])
+    with pytest.raises(ValueError, match=r"write labels\.squeeze\(1\)"):
+        IWMaxSquareLoss()(logits, labels=mask.long())
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    logits = random_logits((1, 4, 3, 5))
+    size = (np.int64(6), np.int32(7))
+    found = PseudoLabelLoss(np.float32(0.5))(logits, size=size, align_corners=np.bool_(True))
+    assert torch.equal(found, PseudoLabelLoss(0.5)(logits, size=(6, 7), align_corners=True))
+
+
+@pytest.mark.parametrize("size", [(8,), (8, 9, 10)], ids=str)
+def test_upsampling_is_two_dimensional_only(size: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="two-dimensional only"):
+        MaxSquareLoss()(random_logits((1, 4, 3, 5)), size=size)
+
+
+def test_a_single_channel_counts_its_foreground_from_label_1() -> None:
+    logits, labels = random_logits((2, 1, 5, 6)), torch.zeros(2, 5, 6, dtype=torch.long)
+    labels[:, 0] = 1
+    found = maxsquare.functional.image_weights(
+        logits, ratio=1.0, labels=labels, activation="sigmoid"
+    )
+    on, off = 1 / 6, 1 / 24
+    assert_close(found, off + (on - off) * (logits >= 0).double())
+
+
+def test_a_tensor_that_carries_more_is_computed_as_any_other() -> None:
+    class Tagged(Tensor):
+        """As an image library's tensor with metadata."""
+
+    logits = random_logits((2, 4, 5, 6))
+    tagged = logits.clone().as_subclass(Tagged).requires_grad_()
+    loss = MaxSquareLoss()(
+        tagged, size=(9, 11), valid=torch.ones(2, 9, 11).bool().as_subclass(Tagged)
+    )
+    assert type(loss) is Tensor
+    loss.backward()
+    value, (gradient,) = value_and_gradient(lambda z: MaxSquareLoss()(z, size=(9, 11)), (logits,))
+    assert torch.equal(loss.detach(), value)
+    assert torch.equal(torch.as_tensor(tagged.grad).as_subclass(Tensor), gradient)
