@@ -26,6 +26,8 @@ from uda.adaptation import (
 )
 from uda.deeplab import DeepLabV2, deeplab_resnet101
 
+# In float64: in float32 two processors put a pixel on either side of the threshold, and ten steps
+# make 1e-4 of that.
 with np.load(Path(__file__).parent / "fixtures" / "trajectory.npz") as arrays:
     RECORDED = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 CASES = sorted({key.rpartition("/")[0] for key in RECORDED if "/" in key})
@@ -39,11 +41,12 @@ PUBLISHED_MODES: dict[str, nn.Module] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if "sgd=" not in case])
 def test_ten_steps_equal_the_published_loop(case: str) -> None:
     mode, multi, freeze_bn, duplicated = (part.rpartition("=")[2] for part in case.split("/"))
     model = DeepLabV2(5, blocks=(1, 1, 1, 1), freeze_bn=freeze_bn == "1").train()
     fill(model)
+    model.double()
     target_loss = PUBLISHED_MODES[mode]
     if multi == "1":
         target_loss = maxsquare.MultiLevelLoss(target_loss, threshold=0.3, weight=0.5)
@@ -52,6 +55,8 @@ def test_ten_steps_equal_the_published_loop(case: str) -> None:
         model, lr, backbone_updates="published" if duplicated == "1" else "once"
     )
     optimizer = RepeatedSGD(groups, momentum=0.9, weight_decay=5e-4)
+    # The published code computes the image-wise weights in float32.
+    tolerance = 1e-6 if mode.startswith("IW_") else 1e-9
 
     wanted = RECORDED[f"{case}/losses"].nan_to_num(0)  # published: NaN if nothing is accepted
     for step in range(10):
@@ -59,26 +64,26 @@ def test_ten_steps_equal_the_published_loop(case: str) -> None:
         losses = adaptation_step(
             model,
             optimizer,
-            RECORDED["source_images"][step],
-            RECORDED["source_labels"][step],
-            RECORDED["target_images"][step],
+            RECORDED["source_images"][step].double(),
+            RECORDED["source_labels"][step].long(),
+            RECORDED["target_images"][step].double(),
             target_loss,
             target_weight=1.0,
             low_weight=0.5 if multi == "1" else 0.0,
         )
-        source, source_low, target, guidance, _ = wanted[step].tolist()
+        source, source_low, target, guidance = wanted[step].tolist()
         assert torch.stack(losses).tolist() == pytest.approx(
-            [source, source_low, target + guidance], abs=1e-4
+            [source, source_low, target + guidance], abs=tolerance
         )
 
     model.eval()
     with torch.no_grad():
-        heads = model(RECORDED["probe"])
+        heads = model(RECORDED["probe"].double())
     for name, logits in zip(("final", "low"), heads, strict=True):
         size = RECORDED["probe"].shape[-2:]
         probe = F.interpolate(logits, size, mode="bilinear", align_corners=True)[..., ::4, ::4]
         wanted_probe = RECORDED[f"{case}/probe_{name}"]
-        torch.testing.assert_close(probe, wanted_probe, atol=1e-3, rtol=0)
+        torch.testing.assert_close(probe, wanted_probe, atol=tolerance, rtol=0)
 
 
 def test_the_recorded_cases_cover_every_mode_and_switch() -> None:
