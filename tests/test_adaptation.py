@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import maxsquare
 from uda.adaptation import (
+    BackboneUpdates,
     RepeatedSGD,
     adaptation_step,
     methods,
@@ -39,11 +40,17 @@ PUBLISHED_MODES: dict[str, nn.Module] = {
     "maxsquare": maxsquare.MaxSquareLoss(scale="reference"),
     "IW_maxsquare": maxsquare.IWMaxSquareLoss(ratio=0.2, scale="reference"),
 }
+# How the recorded loop lists the backbone, and the torch whose optimiser it runs.
+LISTINGS: dict[tuple[str, ...], BackboneUpdates] = {
+    ("0",): "once",
+    ("1",): "published",
+    ("1", "1.0.0"): "torch-1.0",
+}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "sgd=" not in case])
+@pytest.mark.parametrize("case", CASES)
 def test_ten_steps_equal_the_published_loop(case: str) -> None:
-    mode, multi, freeze_bn, duplicated = (part.rpartition("=")[2] for part in case.split("/"))
+    mode, multi, freeze_bn, *listing = (part.rpartition("=")[2] for part in case.split("/"))
     model = DeepLabV2(5, blocks=(1, 1, 1, 1), freeze_bn=freeze_bn == "1").train()
     fill(model)
     model.double()
@@ -51,9 +58,7 @@ def test_ten_steps_equal_the_published_loop(case: str) -> None:
     if multi == "1":
         target_loss = maxsquare.MultiLevelLoss(target_loss, threshold=0.3, weight=0.5)
     lr = 1e-4 if freeze_bn == "1" else 1e-3
-    groups = parameter_groups(
-        model, lr, backbone_updates="published" if duplicated == "1" else "once"
-    )
+    groups = parameter_groups(model, lr, backbone_updates=LISTINGS[(*listing,)])
     optimizer = RepeatedSGD(groups, momentum=0.9, weight_decay=5e-4)
     # The published code computes the image-wise weights in float32.
     tolerance = 1e-6 if mode.startswith("IW_") else 1e-9
@@ -90,6 +95,7 @@ def test_the_recorded_cases_cover_every_mode_and_switch() -> None:
     assert {case.split("/")[0] for case in CASES} == set(PUBLISHED_MODES)
     for switch in ("multi", "freeze_bn", "dup"):
         assert {case.partition(f"{switch}=")[2][0] for case in CASES} == {"0", "1"}
+    assert sum(case.endswith("/sgd=1.0.0") for case in CASES) == 5
 
 
 @pytest.mark.parametrize("foreach", [False, True])
@@ -115,7 +121,35 @@ def test_repeated_sgd_equals_listing_a_parameter_repeatedly(foreach: bool) -> No
     assert len(repeated.param_groups) == 2
 
 
-def test_repeated_sgd_resumes_with_its_momentum() -> None:
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize(("repeats", "length"), [(1, 1.0), (3, 5.61), (4, 9.049)])
+def test_momentum_is_carried_through_the_first_step_of_torch_1_0(
+    repeats: int, length: float, foreach: bool
+) -> None:
+    parameter = torch.zeros(2, requires_grad=True)
+    groups = [{"params": [parameter], "repeats": repeats, "carry": True}]
+    optimizer = RepeatedSGD(groups, lr=1.0, momentum=0.9, foreach=foreach)
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert parameter.tolist() == pytest.approx([-length, -length])
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_the_kth_update_of_torch_1_0_decays_k_times(foreach: bool) -> None:
+    parameter = torch.ones(1, requires_grad=True)
+    groups = [{"params": [parameter], "repeats": 3, "carry": True}]
+    optimizer = RepeatedSGD(groups, lr=0.5, weight_decay=0.2, foreach=foreach)
+    values = [1.0]
+    for _ in range(3):
+        values.append(values[-1] - 0.5 * 0.2 * sum(values))
+    parameter.grad = torch.zeros(1)
+    optimizer.step()
+    assert parameter.item() == pytest.approx(values[-1])
+    assert optimizer.param_groups[0]["weight_decay"] == 0.2
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_repeated_sgd_resumes_with_its_momentum(carry: bool) -> None:
     def steps(parameter: Tensor, optimizer: RepeatedSGD, count: int) -> None:
         for _ in range(count):
             parameter.grad = torch.ones(3)
@@ -123,8 +157,8 @@ def test_repeated_sgd_resumes_with_its_momentum() -> None:
 
     def begin(values: Tensor) -> tuple[Tensor, RepeatedSGD]:
         parameter = values.clone().requires_grad_()
-        groups = [{"params": [parameter], "repeats": 3}]
-        return parameter, RepeatedSGD(groups, lr=0.1, momentum=0.9)
+        groups = [{"params": [parameter], "repeats": 3, "carry": carry}]
+        return parameter, RepeatedSGD(groups, lr=0.1, momentum=0.9, weight_decay=0.05)
 
     whole, optimizer = begin(torch.zeros(3))
     steps(whole, optimizer, 4)

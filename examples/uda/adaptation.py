@@ -26,9 +26,13 @@ import maxsquare
 from maxsquare import functional
 from uda.deeplab import HEADS
 
-BackboneUpdates = Literal["published", "once"]
+BackboneUpdates = Literal["torch-1.0", "published", "once"]
 # How often one step updates (stem, stages, shortcuts); see RepeatedSGD.
-REPEATS: dict[BackboneUpdates, tuple[int, int, int]] = {"published": (1, 3, 4), "once": (1, 1, 1)}
+REPEATS: dict[BackboneUpdates, tuple[int, int, int]] = {
+    "torch-1.0": (1, 3, 4),
+    "published": (1, 3, 4),
+    "once": (1, 1, 1),
+}
 
 
 def methods(
@@ -166,12 +170,13 @@ def parameter_groups(
         backbone_updates: "once" updates every tensor once per step. "published" updates the
             residual stages three times and their shortcuts four times, as the published code does
             by listing them so often: the backbone then moves about three times as far as ``lr``
-            says. The published results were reached that way.
+            says. "torch-1.0" does so by the rule of torch 1.0.0, which the published code names
+            and whose weight decay is about twice as strong there; see `RepeatedSGD`.
         head_multiple: the heads' learning rate in units of ``lr``.
     """
     if backbone_updates not in REPEATS:
         raise ValueError(
-            f'backbone_updates must be "published" or "once", got {backbone_updates!r}'
+            f'backbone_updates must be "torch-1.0", "published" or "once", got {backbone_updates!r}'
         )
     stem: list[Tensor] = []
     stages: list[Tensor] = []
@@ -191,7 +196,8 @@ def parameter_groups(
     backbone = zip((stem, stages, shortcuts), REPEATS[backbone_updates], strict=True)
     groups = [{"params": p, "lr_multiple": 1.0, "repeats": repeats} for p, repeats in backbone]
     groups.append({"params": heads, "lr_multiple": head_multiple, "repeats": 1})
-    return [{**group, "lr": lr * group["lr_multiple"]} for group in groups]
+    carry = backbone_updates == "torch-1.0"
+    return [{**group, "lr": lr * group["lr_multiple"], "carry": carry} for group in groups]
 
 
 class RepeatedSGD(torch.optim.SGD):
@@ -199,11 +205,19 @@ class RepeatedSGD(torch.optim.SGD):
 
     The published code lists a backbone tensor once for every module that contains it, three or
     four times. torch.optim.SGD, looping over that list, updates such a tensor three or four times
-    in a row with the same gradient, each time with weight decay of its present value and with
-    momentum that goes on from the previous update; in the very first step there is no momentum
-    yet, and each listing starts its own. That is what this class does, without duplicates in the
-    list, which torch deprecates and which its foreach and fused kernels update differently (they
-    decay the shared momentum for all listings before any of them adds its gradient).
+    in a row, each time with momentum that goes on from the previous update. Two rules differ:
+
+    - Today's, where ``group["carry"]`` is False or missing: every update has the same gradient g
+      and adds the weight decay of the present value, g + wd w. In the very first step there is no
+      momentum yet, and each listing starts its own.
+    - That of torch 1.0.0, where it is True: weight decay is added into the gradient in place, so
+      that the k-th update decays k times, g + wd (w_1 + ... + w_k), and momentum goes on between
+      the updates of the very first step too. A first step of three updates is then
+      1 + 1.9 + 2.71 = 5.61 gradients long, where today's is 3.
+
+    That is what this class does, without duplicates in the list, which torch deprecates and which
+    its foreach and fused kernels update differently (they decay the shared momentum for all
+    listings before any of them adds its gradient).
     """
 
     @torch.no_grad()
@@ -216,12 +230,21 @@ class RepeatedSGD(torch.optim.SGD):
         first = not self.state
         try:
             for repeat in range(max(group["repeats"] for group in groups)):
-                self.param_groups = [group for group in groups if group["repeats"] > repeat]
-                if first:
-                    for group in self.param_groups:
-                        for parameter in group["params"]:
-                            self.state.pop(parameter, None)
+                listed = [group for group in groups if group["repeats"] > repeat]
+                self.param_groups = [self._begin(group, first) for group in listed]
                 super().step()
         finally:
             self.param_groups = groups
         return loss
+
+    def _begin(self, group: dict[str, Any], first: bool) -> dict[str, Any]:
+        """What the next update of a group starts from."""
+        if not group.get("carry"):
+            if first:
+                for parameter in group["params"]:
+                    self.state.pop(parameter, None)
+            return group
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter, alpha=group["weight_decay"])
+        return {**group, "weight_decay": 0}
