@@ -88,28 +88,29 @@ def run(options: Options, console: Console) -> None:
     if s.data_root is None:
         raise UserError("The checkpoint does not say where its data are: give --data-root.")
     network.to(device).eval()
-    dataset = datasets.open_dataset(
-        s.target,
-        s.data_root / s.target_folder,
-        options.split,
-        classes=s.classes,
-        size=s.target_size,
-        normalize=options.normalize,
-        full_labels=True,
-    )
-    pictures = picture_files(dataset, options.out) if options.out else []
-    # One by one, because label files of one data set may differ in size.
-    loader = DataLoader(dataset, batch_size=1, num_workers=options.workers)
     height, width = s.target_size
+    loaders = {}
+    for name, full_labels in ((f"{width}x{height}", False), ("full resolution", True)):
+        dataset = datasets.open_dataset(
+            s.target,
+            s.data_root / s.target_folder,
+            options.split,
+            classes=s.classes,
+            size=s.target_size,
+            normalize=options.normalize,
+            full_labels=full_labels,
+        )
+        # One by one, because label files of one data set may differ in size.
+        loaders[name] = DataLoader(dataset, batch_size=1, num_workers=options.workers)
+    pictures = picture_files(dataset, options.out) if options.out else []
     columns = {}
     with report.progress_bar(console) as progress:
-        for name, size in ((f"{width}x{height}", s.target_size), ("full resolution", None)):
+        for name, loader in loaders.items():
             task = progress.add_task(name, total=len(dataset), note="")
             columns[name] = evaluate(
                 network,
                 loader,
                 dataset.space,
-                size=size,
                 flip=options.flip,
                 device=device,
                 on_progress=lambda images, task=task: progress.advance(task, images),

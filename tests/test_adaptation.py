@@ -27,8 +27,8 @@ from uda.adaptation import (
 )
 from uda.deeplab import DeepLabV2, deeplab_resnet101
 
-# In float64: in float32 two processors put a pixel on either side of the threshold, and ten steps
-# make 1e-4 of that.
+# In float64: in float32, processors put a pixel on either side of the threshold, which moves a
+# loss by 1e-4.
 with np.load(Path(__file__).parent / "fixtures" / "trajectory.npz") as arrays:
     RECORDED = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 CASES = sorted({key.rpartition("/")[0] for key in RECORDED if "/" in key})
@@ -48,6 +48,11 @@ LISTINGS: dict[tuple[str, ...], BackboneUpdates] = {
 }
 
 
+# Elsewhere torch.randn draws other last bits, and a pixel near the threshold goes the other way.
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="torch.randn draws the recorded run's weights with these instructions only",
+)
 @pytest.mark.parametrize("case", CASES)
 def test_ten_steps_equal_the_published_loop(case: str) -> None:
     mode, multi, freeze_bn, *listing = (part.rpartition("=")[2] for part in case.split("/"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -184,6 +185,19 @@ def test_image_and_labels_of_two_sizes_become_one(trees: Path) -> None:
         labels.resize((48, 26), Image.Resampling.NEAREST).save(path)
     sample = datasets.open_dataset("gta5", trees / "GTA5", "train", size=SIZE)[0]
     assert sample.image.shape[1:] == sample.labels.shape == SIZE
+
+
+def test_labels_are_resized_by_pillows_nearest(trees: Path) -> None:
+    path = trees / "GTA5" / "labels" / "00001.png"
+    classes = torch.arange(2048).expand(1024, -1) % 19
+    ids = np.array([row[1] for row in datasets.CITYSCAPES_CLASSES], dtype=np.uint8)[classes]
+    Image.fromarray(ids).save(path)
+    labels = datasets.open_dataset("gta5", trees / "GTA5", "train", size=(640, 1280))[0].labels
+    pillow = Image.fromarray(classes.byte().numpy()).resize((1280, 640), Image.Resampling.NEAREST)
+    assert np.array_equal(labels, pillow)
+    # torch has another rule where a pixel's centre lies between two of the file's.
+    torchs = F.interpolate(classes[None, None].float(), (640, 1280), mode="nearest-exact")[0, 0]
+    assert (labels != torchs).float().mean() > 0.05
 
 
 def test_licence_plate_is_not_counted(trees: Path) -> None:

@@ -82,7 +82,6 @@ def evaluate(
     loader: Iterable[Sample],
     space: LabelSpace,
     *,
-    size: tuple[int, int] | None = None,
     flip: bool = True,
     device: torch.device | str = "cpu",
     on_progress: Callable[[int], object] | None = None,
@@ -91,10 +90,9 @@ def evaluate(
 
     Args:
         model: images to (logits, low_logits); put into evaluation mode and back.
-        loader: batches of samples; labels may be larger than the images (full resolution).
+        loader: batches of samples; predictions are upsampled to the size of their labels, which
+            may be larger than the images (full resolution).
         space: the label space of the loader's labels.
-        size: (height, width) to which labels are resized (nearest) and predictions are upsampled;
-            None: predictions are upsampled to the labels as they are.
         flip: average the class probabilities (not the logits) of an image and its mirror image.
         device: where the model is.
         on_progress: called after each batch with the number of its images.
@@ -112,9 +110,6 @@ def evaluate(
     finite = torch.ones((), dtype=torch.bool, device=device)
     for images, labels, _ in loader:
         images, labels = images.to(device), labels.to(device)
-        if size is not None:
-            labels = F.interpolate(labels[:, None].float(), size, mode="nearest-exact")
-            labels = labels[:, 0].long()
         probabilities = predict(model, images, tuple(labels.shape[-2:]), flip=flip)
         finite &= probabilities.isfinite().all()
         matrix.update(probabilities.argmax(dim=1), labels)
