@@ -41,14 +41,14 @@ from uda import adaptation, checkpoint, deeplab, loading, outputs, report
 from uda.datasets import Sample, SegmentationDataset
 from uda.errors import UserError
 from uda.evaluation import evaluate
-from uda.presets import COMPARED, PRESETS, Settings
+from uda.presets import COMPARED, NOTES, PRESETS, Settings
 from uda.results import write_results
 
 SOURCE_ONLY = "source-only"
 # Where several machines meet, and which of them this one is.
 MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 # The list of presets is not squeezed into a narrower terminal: no line of it is longer.
-PRESETS_WIDTH = 170
+PRESETS_WIDTH = 180
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings.list_presets:
             console = Console(width=max(console.width, PRESETS_WIDTH))
             console.print(report.presets_table(PRESETS))
+            console.print(*NOTES, sep="\n", highlight=False)
         elif settings.check_data:
             loading.check_data(settings, console)
         else:
@@ -131,6 +132,8 @@ def run(settings: Settings, console: Console) -> None:
         console.quiet = True
     fabric.barrier()
     job = Job(settings, fabric, console, *(data or loading.open_data(settings)))
+    if warning := loading.list_warning(settings, len(job.source)):
+        console.print(warning)
 
     source_only = train(job, SOURCE_ONLY, out / SOURCE_ONLY, settings.source_steps)
     if settings.method == "all":
@@ -181,7 +184,7 @@ def train(
     """One stage, the source stage or the adaptation by one method; returns its last state."""
     s, fabric = job.settings, job.fabric
     on_source = name == SOURCE_ONLY
-    lr, horizon = (s.source_lr, s.source_horizon) if on_source else (s.lr, s.steps)
+    lr, horizon = (s.source_lr, s.source_horizon) if on_source else (s.lr, s.horizon or s.steps)
     methods = adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight)
     target_loss = None if on_source else methods[name]
     both_heads = on_source or isinstance(target_loss, maxsquare.MultiLevelLoss)

@@ -25,10 +25,10 @@ import adapt_online
 import evaluate
 import minimal_loop
 import train_uda
-from uda import adaptation, checkpoint, loading, outputs, report, scenes
+from uda import adaptation, checkpoint, evaluation, loading, outputs, report, scenes
 from uda.datasets import LABEL_SPACES
 from uda.errors import UserError
-from uda.presets import COMPARED, PRESETS, Method, Settings
+from uda.presets import COMPARED, LISTED_IMAGES, PRESETS, Method, Settings
 
 EXAMPLES = Path(train_uda.__file__).parent
 SIZE = (32, 64)
@@ -202,12 +202,114 @@ def test_default_folder_is_new_each_time(
     assert outputs.run_folder(PRESETS["demo"].settings) not in (first, Path("runs"))
 
 
+# Pair of data sets: source only, entropy, maximum squares, image-wise, and multi-level.
+PUBLISHED = {
+    "gta5-cityscapes": ("36.9", "42.2", "44.3", "45.2", "46.4"),
+    "synthia-cityscapes": (
+        "30.1 / 34.3",
+        "38.0 / 44.5",
+        "39.3 / 45.8",
+        "40.4 / 46.9",
+        "41.4 / 48.2",
+    ),
+    "cityscapes-rome": ("51.0", None, "53.9", "54.5", None),
+    "cityscapes-rio": ("48.9", None, "52.0", "53.3", None),
+    "cityscapes-tokyo": ("47.8", None, "49.7", "50.5", None),
+    "cityscapes-taipei": ("46.3", None, "49.8", "50.6", None),
+}
+
+
 def test_every_published_row_is_a_preset() -> None:
-    published = {preset.published for preset in PRESETS.values()} - {"-"}
-    assert published >= {"36.9", "42.2", "44.3", "45.2", "46.4", "41.4 / 48.2", "51.0", "50.6"}
+    rows = ("source", "entropy", "maxsquare", "maxsquare-iw", "maxsquare-iw-multi")
+    wanted = {
+        f"{pair}/{row}": number
+        for pair, numbers in PUBLISHED.items()
+        for row, number in zip(rows, numbers, strict=True)
+        if number is not None
+    }
+    assert {n: p.published for n, p in PRESETS.items() if p.published != "-"} == wanted
     for name, preset in PRESETS.items():
         assert preset.settings.preset == name
         assert preset.settings.method in COMPARED
+
+
+def test_a_preset_starts_from_a_source_model_with_the_heads_that_it_adapts() -> None:
+    adapting = [p for name, p in PRESETS.items() if name != "demo" and p.settings.steps]
+    assert len(adapting) == 16
+    for preset in adapting:
+        assert preset.start is not None
+        start, multi = PRESETS[preset.start].settings, preset.settings.method == COMPARED[4]
+        assert (start.source_steps, start.steps, start.source_horizon) == (80_000, 0, 200_000)
+        assert start.low_weight == preset.settings.low_weight == (0.1 if multi else 0)
+        assert (start.source, start.classes) == (preset.settings.source, preset.settings.classes)
+
+
+def test_synthia_presets_have_the_ratio_of_their_commands() -> None:
+    settings = PRESETS["synthia-cityscapes/maxsquare-iw"].settings
+    assert (settings.ratio, settings.target_weight, settings.target_size) == (
+        -0.2,
+        0.1,
+        (512, 1024),
+    )
+    loss = adaptation.methods(ratio=settings.ratio)["maxsquare-iw"]
+    logits = torch.tensor([[9.0, 0], [9, 0], [9, 0], [0, 9]]).T[None]  # three pixels to one
+    weights = torch.tensor([[3.0, 3, 3, 1]]) ** 0.2 / 4**1.2
+    expected = -(weights * logits.softmax(1).square().sum(1)).sum() / 2
+    assert loss is not None
+    torch.testing.assert_close(loss(logits), expected)  # with two classes, 2/C is 1
+
+
+def test_the_learning_rate_of_the_published_runs_does_not_quite_reach_zero() -> None:
+    settings = PRESETS["gta5-cityscapes/maxsquare"].settings
+    assert (settings.steps, settings.horizon) == (29_750, 29_760)
+    assert settings.backbone_updates == "torch-1.0"
+
+
+@pytest.mark.parametrize(("horizon", "rate"), [(0, 0.5 * (1 / 3) ** 0.9), (4, 0.5 * 0.5**0.9)])
+def test_the_learning_rate_falls_towards_the_horizon(
+    horizon: int, rate: float, tmp_path: Path, data_root: Path
+) -> None:
+    options = ["--source-steps", "1", "--lr", "0.5", "--horizon", str(horizon)]
+    assert train(tmp_path, data_root, *options, "--method", "source") == 0
+    group, *_ = trained(tmp_path / "last.pt")["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(rate)
+
+
+def test_low_weight_zero_trains_one_head_of_the_source_model(
+    tmp_path: Path, data_root: Path
+) -> None:
+    options = ["--steps", "0", "--method", "source", "--low-weight", "0"]
+    for steps in ("1", "2"):
+        assert train(tmp_path / steps, data_root, *options, "--source-steps", steps) == 0
+    one, two = (trained(tmp_path / s / "source-only/last.pt")["model"] for s in ("1", "2"))
+    bias = "conv2d_list.0.bias"
+    assert torch.equal(one[f"layer5.{bias}"], two[f"layer5.{bias}"])
+    assert not torch.equal(one[f"layer6.{bias}"], two[f"layer6.{bias}"])
+
+
+SHORT = (
+    "--preset gta5-cityscapes/source --network small --source-steps 1 --batch-size 2 --workers 0 "
+    f"--device cpu --source-size {SIZE[0]} {SIZE[1]} --target-size {SIZE[0]} {SIZE[1]}"
+).split()
+
+
+@pytest.mark.parametrize("how", [["--check-data"], ["--out"]])
+def test_a_published_row_warns_without_the_published_list(
+    how: list[str], tmp_path: Path, own_data: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    how = [*how, str(tmp_path / "run")] if how == ["--out"] else how
+    options = [*SHORT, "--data-root", str(own_data), *how]
+    monkeypatch.setenv("COLUMNS", "300")
+    assert train_uda.main(options) == 0
+    printed = capsys.readouterr().out
+    list_file = own_data / "GTA5" / "list" / "train.txt"
+    assert "12,403" in printed and str(list_file) in printed
+    # As many images as the published list, here: no warning.
+    monkeypatch.setitem(LISTED_IMAGES, "gta5", SCENES)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    assert train_uda.main(options) == 0
+    assert "list/train.txt" not in capsys.readouterr().out
 
 
 def test_every_method_can_be_chosen() -> None:
@@ -218,9 +320,13 @@ def test_every_method_can_be_chosen() -> None:
 def test_list_presets_prints_published_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_uda.main(["--list-presets"]) == 0
     out = capsys.readouterr().out
-    rows = [line.split()[0] for line in out.splitlines() if line.strip(" ─")]
-    assert rows == ["preset", *PRESETS]
-    assert "46.4" in out
+    table, _, notes = out.partition('A row "starts from"')
+    rows = [line.split() for line in table.splitlines() if line.strip(" ─")]
+    assert [row[0] for row in rows] == ["preset", *PRESETS]
+    (best,) = (row for row in rows if row[0] == "gta5-cityscapes/maxsquare-iw-multi")
+    assert best[1:3] == ["46.4", "source-multi"]
+    for told in ("torch 1.0.0", "GTA5/list/train.txt", "-0.2"):
+        assert told in " ".join(notes.split())
 
 
 def test_check_data_reports_counts(own_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -492,6 +598,10 @@ def test_a_kill_while_json_is_written_leaves_the_old_document(
         (["--batch-size", "5"], "--batch-size 5"),
         (["--source-steps", "0"], "--init"),
         (["--source-steps", "9"], "--source-horizon"),
+        (["--horizon", "2"], "--horizon 2"),
+        (["--horizon", "-1"], "--horizon"),
+        (["--ratio", "-1.1"], "--ratio"),
+        (["--low-weight", "0"], "--low-weight 0"),
         (["--init", "missing.pt"], "missing.pt"),
         (["--scenes", "0", "--data-root", "missing"], "missing"),
         (["--scenes", "0", "--target-folder", "missing"], "missing"),
@@ -773,6 +883,30 @@ def test_evaluate_repeats_the_score_of_the_run(
         assert image.size == (SIZE[1], SIZE[0])
     assert evaluate.main([str(finished / "last.pt"), "--out", str(out)]) == 2
     assert str(out) in only_sentence(capsys)
+
+
+def test_evaluate_resizes_labels_as_training_does(
+    own_data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = (own_data / "Cityscapes" / "gtFine" / "val").rglob("*_labelIds.png")
+    size = (5 * SIZE[1] // 8, 5 * SIZE[0] // 8)  # a ratio at which other rules differ
+    with Image.open(file) as labels:
+        labels.resize((2 * SIZE[1], 2 * SIZE[0]), Image.Resampling.NEAREST).save(file)
+    settings = replace(PRESETS["demo"].settings, data_root=own_data, target_size=size[::-1])
+    wanted = loading.open_data(settings)[2][0].labels
+    seen = []
+
+    def spy(model: object, loader: Any, *_: object, **__: object) -> Any:
+        (sample,) = loader
+        seen.append(sample[1][0])
+        return evaluation.Scores(torch.eye(19), LABEL_SPACES[19].names)
+
+    monkeypatch.setattr(evaluate, "evaluate", spy)
+    options = ["--data-root", str(own_data), "--workers", "0"]
+    options += ["--target-size", str(size[1]), str(size[0])]
+    assert evaluate.main([str(finished / "last.pt"), *options]) == 0
+    assert torch.equal(seen[0], wanted)
+    assert seen[1].shape == (2 * SIZE[0], 2 * SIZE[1])
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from uda import checkpoint, datasets, deeplab, scenes
 from uda.datasets import Progress, Sample, SegmentationDataset
 from uda.errors import UserError
 from uda.outputs import from_json
-from uda.presets import Settings
+from uda.presets import LISTED_IMAGES, Settings
 from uda.report import data_table, progress_bar
 
 # The rendered scenes do not depend on --seed: runs with different seeds share one data set.
@@ -67,6 +67,18 @@ def open_data(
                 f"{s.batch_size}: choose a smaller batch."
             )
     return source, target, validation
+
+
+def list_warning(s: Settings, images: int) -> str | None:
+    """What to tell about a source of `images` images that is not the published list of them."""
+    listed = LISTED_IMAGES.get(s.source)
+    if s.preset == Settings.preset or listed in (None, images):
+        return None
+    path = s.data_root / s.source_folder / "list" / "train.txt"
+    return (
+        f"warning: {s.source_folder} has {images:,} training images, the published runs read "
+        f"{listed:,}: put their list at {path}, one image number a line."
+    )
 
 
 def batches(
@@ -181,5 +193,7 @@ def check_data(s: Settings, console: Console) -> None:
             )
     for (_, folder, split), result in zip(parts, found, strict=True):
         console.print(data_table(result, f"{folder} {split}"))
+    if warning := list_warning(s, found[0].images):
+        console.print(warning)
     if not all(result.usable for result in found):
         raise UserError(f"{s.data_root} has unusable files: repair those listed above.")

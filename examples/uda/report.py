@@ -84,22 +84,24 @@ def _percent(value: float | None) -> str:
 def presets_table(presets: Mapping[str, Preset]) -> Table:
     """Every preset with the settings that tell the experiments apart."""
     table = Table(box=SIMPLE)
-    columns = ("preset", "published", "sizes", "steps", "lr", "weight", "ratio", "low, threshold")
-    for column in columns:
+    columns = ("preset", "published", "starts from", "sizes", "steps", "lr", "weight", "ratio")
+    for column in (*columns, "low, threshold"):
         table.add_column(column, no_wrap=True)
     table.add_column("note")
     for name, preset in presets.items():
         s = preset.settings
         sizes = (f"{width}x{height}" for height, width in (s.source_size, s.target_size))
+        low = f"{s.low_weight:g}" if s.low_weight else "-"
         table.add_row(
             name,
             preset.published,
+            preset.start.rpartition("/")[2] if preset.start else "-",
             " > ".join(sizes),
             f"{s.source_steps} + {s.steps}",
             f"{s.lr if s.steps else s.source_lr:g}",
             f"{s.target_weight:g}" if s.steps else "-",
             f"{s.ratio:g}" if "-iw" in s.method else "-",
-            f"{s.low_weight:g}, {s.threshold:g}" if s.method.endswith("multi") else "-",
+            f"{low}, {s.threshold:g}" if s.method.endswith("multi") else low,
             preset.note,
         )
     return table
