@@ -280,11 +280,19 @@ class Digits:
             load()
             on_progress(done + 1, 2)
 
-    def train_source(self, seed: int) -> Weights:
+    def train_source(
+        self, seed: int, *, updates: BackboneUpdates = "once", both_heads: bool = True
+    ) -> Weights:
         """A network that learnt from labelled MNIST digits alone."""
         torch.manual_seed(seed)
-        steps = range(self.source_steps)
-        return self._train(SmallResNet(len(SPACE)), seed, steps, self.source_lr, self.low_weight)
+        return self._train(
+            SmallResNet(len(SPACE)),
+            seed,
+            range(self.source_steps),
+            self.source_lr,
+            self.low_weight if both_heads else 0.0,
+            updates=updates,
+        )
 
     def target_statistics(self, source: Weights, seed: int) -> Weights:
         """The source model with BatchNorm's running statistics of unlabelled target canvases."""

@@ -227,7 +227,7 @@ class Preset:
     @property
     def start(self) -> str | None:
         """The preset whose last checkpoint is the --init of this one; None: it has none."""
-        if self.settings.source_steps:
+        if self.settings.source_steps or self.settings.scenes:
             return None
         pair = self.settings.preset.rpartition("/")[0]
         # Only the multi-level method was started from a source model that had trained both heads.
