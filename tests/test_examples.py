@@ -233,6 +233,20 @@ def test_every_published_row_is_a_preset() -> None:
         assert preset.settings.method in COMPARED
 
 
+def test_the_page_on_reproducing_the_paper_has_the_published_numbers() -> None:
+    lines = (EXAMPLES / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
+    (header,) = (row for row in rows if row[:2] == ["preset", "source"])
+    told = {
+        f"{row[0]}{method}": number
+        for row in rows
+        if row and f"{row[0]}source" in PRESETS
+        for method, number in zip(header[1:], row[1:], strict=True)
+        if number
+    }
+    assert told == {n: p.published for n, p in PRESETS.items() if p.published != "-"}
+
+
 def test_a_preset_starts_from_a_source_model_with_the_heads_that_it_adapts() -> None:
     adapting = [p for name, p in PRESETS.items() if name != "demo" and p.settings.steps]
     assert len(adapting) == 16
