@@ -28,6 +28,8 @@ from uda.errors import UserError
 from uda.evaluation import evaluate, predict
 from uda.loading import choose_device, load_network
 
+FULL = "full resolution"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -90,7 +92,7 @@ def run(options: Options, console: Console) -> None:
     network.to(device).eval()
     height, width = s.target_size
     loaders = {}
-    for name, full_labels in ((f"{width}x{height}", False), ("full resolution", True)):
+    for name, full_labels in ((f"{width}x{height}", False), (FULL, True)):
         dataset = datasets.open_dataset(
             s.target,
             s.data_root / s.target_folder,
@@ -130,7 +132,7 @@ def run(options: Options, console: Console) -> None:
     if options.out:
         with report.progress_bar(console) as progress:
             task = progress.add_task("writing predictions", total=len(dataset), note="")
-            for (image, labels, _), file in zip(loader, pictures, strict=True):
+            for (image, labels, _), file in zip(loaders[FULL], pictures, strict=True):
                 classes = predict(network, image.to(device), labels.shape[-2:], flip=options.flip)
                 picture = plots.colorize(classes[0].argmax(dim=0).cpu(), dataset.space)
                 file.parent.mkdir(parents=True, exist_ok=True)
