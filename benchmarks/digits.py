@@ -281,7 +281,12 @@ class Digits:
             on_progress(done + 1, 2)
 
     def train_source(
-        self, seed: int, *, updates: BackboneUpdates = "once", both_heads: bool = True
+        self,
+        seed: int,
+        *,
+        updates: BackboneUpdates = "once",
+        lr_multiple: float = 1.0,
+        both_heads: bool = True,
     ) -> Weights:
         """A network that learnt from labelled MNIST digits alone."""
         torch.manual_seed(seed)
@@ -292,6 +297,7 @@ class Digits:
             self.source_lr,
             self.low_weight if both_heads else 0.0,
             updates=updates,
+            lr_multiple=lr_multiple,
         )
 
     def target_statistics(self, source: Weights, seed: int) -> Weights:

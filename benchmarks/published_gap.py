@@ -52,6 +52,7 @@ class Row(NamedTuple):
 
     label: str
     updates: BackboneUpdates = "torch-1.0"
+    lr_multiple: float = 1.0
     both_heads: bool = False
 
 
@@ -59,6 +60,7 @@ PUBLISHED, *CHANGED = (
     Row("as published"),
     Row("optimiser of today's torch, same list", updates="published"),
     Row("every tensor updated once", updates="once"),
+    Row("once, with three times the backbone's rate", updates="once", lr_multiple=3.0),
     Row("source model trained with both heads", both_heads=True),
 )
 
@@ -161,8 +163,12 @@ def train(
 
 def source_and_adapted(task: Digits, seed: int, row: Row) -> tuple[float, float]:
     """Target mIoU before and after adaptation."""
-    source = task.train_source(seed, updates=row.updates, both_heads=row.both_heads)
-    adapted = task.adapt(source, seed, METHOD, TARGET_WEIGHT, updates=row.updates)
+    source = task.train_source(
+        seed, updates=row.updates, lr_multiple=row.lr_multiple, both_heads=row.both_heads
+    )
+    adapted = task.adapt(
+        source, seed, METHOD, TARGET_WEIGHT, updates=row.updates, lr_multiple=row.lr_multiple
+    )
     return task.score(source)[0], task.score(adapted)[0]
 
 
