@@ -1,6 +1,6 @@
 """What a re-implementation changes that knows the paper but not what the published code does.
 
-    python benchmarks/published_gap.py               # a quarter of an hour on a quiet core
+    python benchmarks/published_gap.py               # half an hour on a quiet core
     python benchmarks/published_gap.py --seeds 0     # only the optimiser's arithmetic, in a minute
 
 The arithmetic of the optimiser is that of the full-size runs. The scores are of a small network on
