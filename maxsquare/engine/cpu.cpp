@@ -437,7 +437,7 @@ INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, R
 
 static int tile_of(const Task &task) {
     // What a tile holds in up to six arrays stays in the first cache, or not far beyond.
-    return task.classes <= 40 ? 4 * LANES : task.classes <= 80 ? 2 * LANES : LANES;
+    return task.classes <= 8 ? 16 * LANES : task.classes <= 40 ? 4 * LANES : task.classes <= 80 ? 2 * LANES : LANES;
 }
 
 template <int KIND, bool SLOPED> struct WeightedSum {
@@ -559,6 +559,10 @@ template <int KIND, bool SLOPED> struct WeightedSum {
     // they were.
     OUTLINE void prepare(int64_t n, int64_t pixel, int count) {
         const int64_t at = n * task.length + pixel;
+        if (!task.y && !task.valid) {
+            for (int k = 0; k < tile; k++) w[k] = k < count ? by_index[1] : 0;
+            return;
+        }
         for (int k = count; k < tile; k++) y[k] = -1;
         if (!task.y)
             for (int k = 0; k < count; k++) y[k] = 0;
