@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SIGNED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-INTEGERS = (*SIGNED, torch.uint16, torch.uint32, torch.uint64)
+INTEGERS = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 # How far from 1 the sum of a pixel's probabilities may be, in half precision with many classes.
 PROBABILITY_TOLERANCE = 0.02
 # The logits of fewer pixels may look like probabilities by chance.

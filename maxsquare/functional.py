@@ -16,7 +16,6 @@ from torch import Tensor
 
 from maxsquare import engine
 from maxsquare.checks import (
-    SIGNED,
     check_classes,
     check_heads,
     check_image_wise,
@@ -428,15 +427,13 @@ def _label_classes(
 ) -> tuple[Tensor, Tensor]:
     """The class of every pixel of a label map, and the counts of classes in every image."""
     check_map("labels", labels, logits, how["size"])
-    labels = labels if labels.dtype in SIGNED else labels.long()
-    y = _image_maps(labels, logits, how["binary"])
+    y = _image_maps(labels.long() if how["binary"] else labels, logits, how["binary"])
     if how["binary"]:
         # Channel c is a problem of two classes: 0, a pixel of its class, and 1, any other. The
         # class of a single channel is 1, the foreground's.
         channels = logits.shape[1]
         own = torch.arange(channels, device=y.device) if channels > 1 else y.new_ones(1)
         own = own.repeat(y.shape[0] // channels).view(-1, *[1] * (y.dim() - 1))
-        y = y.long()
         known = (y >= 0) & (y < max(channels, 2))
         ignored = (y == -1) | (y == ignore_index)
         y = torch.where(ignored, -1, torch.where(known, (y != own).long(), 2))

@@ -214,7 +214,7 @@ def classify(
     """`plain.classify`."""
     task, spatial = make_task(z, guide, None, size, align_corners, binary)
     if labels is not None:
-        labels = labels.contiguous()
+        labels = (labels if labels.dtype in DTYPES else labels.long()).contiguous()
         task.label_dtype = DTYPES.index(labels.dtype)
         # Labels lie at full resolution, whatever the logits do.
         set_chunks(task, upsampled=False)
