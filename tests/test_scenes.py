@@ -12,6 +12,8 @@ from PIL import Image
 
 from uda import datasets, scenes
 from uda.errors import UserError
+from uda.scenes import dataset as rendering
+from uda.scenes import styles
 
 # A dozen scenes per split hold every class; the size keeps small things a few pixels wide.
 SETTINGS = {"seed": 3, "train": 12, "val": 12, "size": (96, 192)}
@@ -52,7 +54,7 @@ def test_every_split_has_all_classes_with_a_long_tail(
 def test_encodings_are_those_of_the_real_sets(root: Path) -> None:
     with Image.open(root / "GTA5" / "labels" / "00001.png") as labels:
         assert labels.mode == "P"
-        assert labels.getpalette()[3 * scenes.ROAD :][:3] == [128, 64, 128]
+        assert labels.getpalette()[3 * styles.ROAD :][:3] == [128, 64, 128]
     with Image.open(root / "GTA5" / "images" / "00001.png") as image:
         assert (image.mode, image.size) == ("RGB", (192, 108))
     path = next((root / "Cityscapes" / "gtFine" / "val").rglob("*_gtFine_labelIds.png"))
@@ -60,8 +62,8 @@ def test_encodings_are_those_of_the_real_sets(root: Path) -> None:
         assert (labels.mode, labels.size) == ("L", (192, 96))
         ids = np.asarray(labels)
     # The camera's own car lies below the street.
-    assert ids[-1, 96] == scenes.EGO_VEHICLE
-    assert scenes.ROAD in ids
+    assert ids[-1, 96] == styles.EGO_VEHICLE
+    assert styles.ROAD in ids
 
 
 def test_the_two_styles_look_different(root: Path) -> None:
@@ -90,12 +92,29 @@ def test_a_longer_set_begins_with_the_shorter_one(tmp_path: Path) -> None:
     assert short.items() < long.items()
 
 
+def test_source_validation_pictures_are_listed_apart(tmp_path: Path) -> None:
+    scenes.render(tmp_path / "without", **TINY)
+    scenes.render(tmp_path / "with", **TINY, source_val=3)
+    sets = {
+        split: datasets.open_dataset("gta5", tmp_path / "with" / "GTA5", split)
+        for split in ("train", "val")
+    }
+    assert {split: len(found) for split, found in sets.items()} == {"train": 2, "val": 3}
+    without, extended = contents(tmp_path / "without"), contents(tmp_path / "with")
+    del without["scenes.json"]
+    assert without.items() < extended.items()
+    pictures = [file for name, file in extended.items() if name.startswith("GTA5/images/")]
+    assert len(pictures) == len({*pictures}) == 5
+    with pytest.raises(UserError, match=r"scenes of other settings"):
+        scenes.check(tmp_path / "with", **TINY, source_size=(27, 48), source_val=2)
+
+
 def test_worker_processes_render_the_same_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scenes.render(tmp_path / "one", **TINY)
-    monkeypatch.setattr(scenes, "_POOL_FROM", 1)
-    monkeypatch.setattr(scenes, "_cores", lambda: 1)
+    monkeypatch.setattr(rendering, "_POOL_FROM", 1)
+    monkeypatch.setattr(rendering, "_cores", lambda: 1)
     scenes.render(tmp_path / "many", **TINY)
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
