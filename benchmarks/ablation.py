@@ -44,6 +44,7 @@ from uda import checkpoint, outputs, report
 from uda.adaptation import BackboneUpdates
 from uda.datasets import Progress
 from uda.errors import UserError
+from uda.presets import SHIPPED
 
 QUESTION = "Which part of the method helps on the target, and by how much?"
 TUNING_SEED = 100
@@ -169,6 +170,9 @@ class Options:
     runs/ablation-TASK."""
     data_root: Path | None = None
     """Folder of the rendered scenes (made if missing); default: data/ in --work."""
+    sources: tuple[Path, ...] = ()
+    """Source models of the street scenes, checkpoints or exported files, which the seeds take in
+    turn; default: the one that the demo adapts."""
     out: Path = cases.RESULTS
     """Folder for tables and plot."""
     summary_only: bool = False
@@ -222,7 +226,7 @@ def make_task(options: Options, folder: Path) -> Task:
         return Digits()
     from street_scenes import StreetScenes
 
-    return StreetScenes(options.data_root or folder / "data")
+    return StreetScenes(options.data_root or folder / "data", options.sources or (SHIPPED,))
 
 
 # Runs

@@ -25,6 +25,7 @@ from torch import Tensor
 import ablation
 from ablation import FULL, METHODS, ROWS, SOURCE_ONLY, STATISTICS, TUNING_SEED, Run
 from street_scenes import SETTINGS, StreetScenes
+from uda import deeplab
 
 SEEDS = 3
 GRID = (0.1, 0.5, 2.5)
@@ -353,8 +354,6 @@ TINY = replace(
     source_size=(32, 64),
     target_size=(32, 64),
     scenes=4,
-    source_steps=2,
-    source_horizon=2,
     steps=2,
 )
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -363,7 +362,13 @@ HEADS = ("layer5.", "layer6.")
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> StreetScenes:
-    task = StreetScenes(tmp_path_factory.mktemp("scenes"), TINY)
+    folder, files = tmp_path_factory.mktemp("scenes"), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        weights = deeplab.deeplab_small(19).state_dict()
+        files.append(folder / f"source{seed}.pt")
+        torch.save(weights, files[-1])
+    task = StreetScenes(folder / "data", files, TINY)
     task.prepare(lambda done, total: None)
     return task
 
@@ -383,10 +388,11 @@ def test_scenes_offer_every_method_as_many_weights() -> None:
     assert len({len(grid) for grid in weights.values()}) == 1
 
 
-def test_scenes_source_model_depends_on_the_seed_alone(
+def test_scenes_seeds_take_the_source_models_in_turn(
     scenes: StreetScenes, source: dict[str, Tensor]
 ) -> None:
-    assert same(source, scenes.train_source(0))
+    assert same(source, torch.load(scenes.sources[0]))
+    assert same(source, scenes.train_source(2))
     assert not same(source, scenes.train_source(1))
 
 
@@ -418,7 +424,7 @@ def test_scenes_lr_multiple_acts_on_the_backbone_only(
     scenes: StreetScenes, source: dict[str, Tensor]
 ) -> None:
     # After one step, whose gradients do not depend on the learning rate.
-    one_step = StreetScenes(scenes.settings.data_root, replace(TINY, steps=1))
+    one_step = StreetScenes(scenes.settings.data_root, settings=replace(TINY, steps=1))
     x1, x3 = (one_step.adapt(source, 0, FULL, 0.45, lr_multiple=m) for m in (1.0, 3.0))
     for key, value in source.items():
         if key.endswith(BUFFERS) or key.startswith(HEADS):
