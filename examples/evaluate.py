@@ -45,8 +45,8 @@ class Options:
     """Folder of the data set under --data-root."""
     split: str = "val"
     """Part of the data set."""
-    classes: Literal[19, 16, 13] | None = None
-    """Label space."""
+    classes: int | None = None
+    """Number of classes: 19, 16 or 13 of Cityscapes, or as many as a folder's label map names."""
     target_size: tuple[int, int] | None = None
     """Height and width at which the network sees the images."""
     network: Literal["small", "resnet101"] | None = None

@@ -2,6 +2,8 @@
 
     python examples/train_uda.py                              the demo: minutes on a CPU
     python examples/train_uda.py --method all                 every method from one source model
+    python examples/train_uda.py --source-steps 4000          a source model of one's own
+    python examples/train_uda.py --source folder --target folder --classes 11 --data-root DIR ...
     python examples/train_uda.py --preset gta5-cityscapes/maxsquare-iw --data-root DIR --init FILE
     python examples/train_uda.py --help                       every setting
 
@@ -9,6 +11,8 @@ The method itself is in uda/adaptation.py. The folder of a run receives
 
     settings.json            what was asked for
     source-only/last.pt      the source model
+    target-statistics/       with --compare: that model with BatchNorm statistics of the target
+    source/                  and trained on for as many steps on the source alone
     last.pt, best.pt         the adapted model (--method all: in a folder per method)
     metrics.json, panel.png  results per class, and some predictions as pictures
     events.out.*             TensorBoard logs
@@ -40,11 +44,17 @@ import maxsquare
 from uda import adaptation, checkpoint, deeplab, loading, outputs, report
 from uda.datasets import Sample, SegmentationDataset
 from uda.errors import UserError
-from uda.evaluation import evaluate
-from uda.presets import COMPARED, NOTES, PRESETS, Settings
+from uda.evaluation import Scores, evaluate
+from uda.presets import COMPARED, NOTES, PRESETS, SHIPPED, Settings
 from uda.results import write_results
 
 SOURCE_ONLY = "source-only"
+CONTROL = "source"  # the method
+STATISTICS = "target-statistics"
+# How many target training images BatchNorm statistics are taken from.
+STATISTICS_IMAGES = 60
+# Streams of random numbers for the order of images.
+SOURCE_STREAM, TARGET_STREAM, STATISTICS_STREAM = range(3)
 # Where several machines meet, and which of them this one is.
 MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 # The list of presets is not squeezed into a narrower terminal: no line of it is longer.
@@ -96,7 +106,12 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     chosen, _ = report.command_line(Chosen, arguments, return_unknown_args=True, add_help=False)
     if chosen.preset not in PRESETS:
         raise UserError(f"There is no --preset {chosen.preset}: --list-presets shows all of them.")
-    return report.command_line(Settings, arguments, default=PRESETS[chosen.preset].settings)
+    settings = report.command_line(Settings, arguments, default=PRESETS[chosen.preset].settings)
+    if (settings.source, settings.target) != ("gta5", "cityscapes"):  # not what scenes are
+        settings = replace(settings, scenes=0)
+    if settings.scenes and not settings.source_steps and not settings.init:
+        settings = replace(settings, init=SHIPPED)
+    return settings
 
 
 def run(settings: Settings, console: Console) -> None:
@@ -105,6 +120,8 @@ def run(settings: Settings, console: Console) -> None:
             f"--preset {settings.preset} adapts a source model: give it as --init FILE, or train "
             "one first with --source-steps."
         )
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     out = outputs.run_folder(settings)
     settings = replace(settings, out=out, data_root=settings.data_root or out / "data")
     # What can be wrong shows in every process, before they wait for each other and before a
@@ -136,16 +153,22 @@ def run(settings: Settings, console: Console) -> None:
         console.print(warning)
 
     source_only = train(job, SOURCE_ONLY, out / SOURCE_ONLY, settings.source_steps)
+    start = source_only["model"]
+    statistics = None
+    if settings.compare:
+        statistics = take_statistics(job, out / STATISTICS, start)
     if settings.method == "all":
         folders = {method: out / method for method in COMPARED}
     else:
         folders = {settings.method: out}
+    if settings.compare:
+        folders = {CONTROL: out / CONTROL} | folders
     adapted = {
-        method: train(job, method, folder, settings.steps, start=source_only["model"])
+        method: train(job, method, folder, settings.steps, start=start)
         for method, folder in folders.items()
     }
     if fabric.is_global_zero:
-        write_results(source_only, adapted, job.validation, settings, console)
+        write_results(source_only, statistics, adapted, job.validation, settings, console)
     if fabric.world_size > 1:
         # A process that exits with its connections open may abort.
         torch.distributed.destroy_process_group()
@@ -184,7 +207,8 @@ def train(
     """One stage, the source stage or the adaptation by one method; returns its last state."""
     s, fabric = job.settings, job.fabric
     on_source = name == SOURCE_ONLY
-    lr, horizon = (s.source_lr, s.source_horizon) if on_source else (s.lr, s.horizon or s.steps)
+    lr, horizon = (s.source_lr, s.source_horizon) if on_source else (s.lr, s.horizon)
+    horizon = horizon or steps
     methods = adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight)
     target_loss = None if on_source else methods[name]
     both_heads = on_source or isinstance(target_loss, maxsquare.MultiLevelLoss)
@@ -239,11 +263,34 @@ def train(
                 progress.update(bar, note=report.losses(values))
                 logged = values | {"lr": rate}
                 stage.log({f"train/{term}": value for term, value in logged.items()})
+            if on_source and s.source_evaluate_every:
+                if last or step % s.source_evaluate_every == 0:
+                    stage.assess_at_home()
+            if last and target_loss is not None and s.bn_statistics == "target":
+                stage.take_statistics()
             if assesses:
                 stage.assess()
             if saves:
                 stage.save("last.pt")
         if state["confusion"] is None:  # a stage of no steps: the weights it was given
+            stage.assess()
+            stage.save("last.pt")
+    stage.close()
+    return state
+
+
+def take_statistics(job: Job, folder: Path, start: dict[str, Any]) -> dict[str, Any]:
+    """The source model with BatchNorm statistics of target training images; returns its state."""
+    s, fabric = job.settings, job.fabric
+    folder.mkdir(parents=True, exist_ok=True)
+    fabric.seed_everything(s.seed, verbose=False)
+    network = loading.build_network(s)
+    state = begin(s, STATISTICS, folder, network, start)
+    network.to(fabric.device)
+    with report.progress_bar(job.console) as progress:
+        stage = Stage(job, folder, network, None, state, progress)
+        if state["confusion"] is None:
+            stage.take_statistics()
             stage.assess()
             stage.save("last.pt")
     stage.close()
@@ -273,10 +320,11 @@ def begin(
         "seconds": 0.0,
         "confusion": None,
         "best": None,
+        "source_validation": [],
     }
     if resumes(s, folder):
         expect = {entry: state[entry] for entry in ("stage", "network", "classes")}
-        needs = (*state, "model", "optimizer", "random")
+        needs = (*state, "model", "random", *(() if name == STATISTICS else ("optimizer",)))
         state = checkpoint.load(folder / "last.pt", expect=expect, needs=needs)
         network.load_state_dict(state["model"])
         checkpoint.restore_random_state(state["random"])
@@ -294,10 +342,12 @@ def batch_pairs(
     s = job.settings
     # The adaptation reads on in the source where the source stage stopped.
     offset = 0 if on_source else s.source_steps
-    source = loading.batches(job.source, s, offset + first, offset + steps, stream=0, **job.share)
+    source = loading.batches(
+        job.source, s, offset + first, offset + steps, stream=SOURCE_STREAM, **job.share
+    )
     target: Iterable[Sample | None] = [None] * (steps - first)
     if target_loss is not None:
-        target = loading.batches(job.target, s, first, steps, stream=1, **job.share)
+        target = loading.batches(job.target, s, first, steps, stream=TARGET_STREAM, **job.share)
     return zip(source, target, strict=True)
 
 
@@ -309,7 +359,7 @@ class Stage:
         job: Job,
         folder: Path,
         network: deeplab.DeepLabV2,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         state: dict[str, Any],
         progress: Progress,
     ) -> None:
@@ -323,30 +373,51 @@ class Stage:
     def save(self, name: str) -> None:
         self.state["seconds"] = time.perf_counter() - self.started
         self.state["model"] = self.network.state_dict()
-        self.state["optimizer"] = self.optimizer.state_dict()
+        if self.optimizer is not None:
+            self.state["optimizer"] = self.optimizer.state_dict()
         self.state["random"] = checkpoint.random_state()
         if self.job.fabric.is_global_zero:
             checkpoint.save(self.folder / name, self.state)
 
+    def take_statistics(self) -> None:
+        """Take BatchNorm's running statistics from target training images."""
+        job, s, progress = self.job, self.job.settings, self.progress
+        count = math.ceil(min(STATISTICS_IMAGES, len(job.target)) / s.batch_size)
+        # Every process reads all images, because statistics are not exchanged.
+        batches = loading.batches(job.target, s, 0, count, stream=STATISTICS_STREAM)
+        images = (job.fabric.to_device(batch.image) for batch in batches)
+        task = progress.add_task("target statistics", total=count, note="")
+        adaptation.target_statistics(self.network, progress.track(images, task_id=task))
+
     def assess(self) -> None:
         """Score the network on the validation images, and keep the best one so far."""
-        job, state, progress = self.job, self.state, self.progress
-        loader = loading.validation_loader(job.validation, job.settings, **job.share)
-        task = progress.add_task("evaluation", total=len(loader.dataset), note="")
-        with job.fabric.autocast():
-            scores = evaluate(
-                self.network,
-                loader,
-                job.validation.space,
-                device=job.fabric.device,
-                on_progress=lambda images: progress.advance(task, images),
-            )
-        progress.remove_task(task)
+        state, scores = self.state, self._score(self.job.validation)
         state["confusion"] = scores.confusion
         self.log({"validation/miou": scores.miou})
         if state["best"] is None or scores.miou > state["best"]["miou"]:
             state["best"] = {"step": state["step"], **report.entry(scores)}
             self.save("best.pt")
+
+    def assess_at_home(self) -> None:
+        """Score the network on the source's validation images, whose labels everyone has."""
+        state, scores = self.state, self._score(loading.open_source_validation(self.job.settings))
+        state["source_validation"].append({"step": state["step"], **report.entry(scores)})
+        self.log({"validation/source_miou": scores.miou})
+
+    def _score(self, dataset: SegmentationDataset) -> Scores:
+        job, progress = self.job, self.progress
+        loader = loading.validation_loader(dataset, job.settings, **job.share)
+        task = progress.add_task("evaluation", total=len(loader.dataset), note="")
+        with job.fabric.autocast():
+            scores = evaluate(
+                self.network,
+                loader,
+                dataset.space,
+                device=job.fabric.device,
+                on_progress=lambda images: progress.advance(task, images),
+            )
+        progress.remove_task(task)
+        return scores
 
     def log(self, values: Mapping[str, float]) -> None:
         if self.writer:

@@ -17,18 +17,30 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import adapt_online
 import evaluate
+import export_model
 import minimal_loop
 import train_uda
-from uda import adaptation, checkpoint, evaluation, loading, outputs, report, scenes
+from uda import (
+    adaptation,
+    checkpoint,
+    datasets,
+    deeplab,
+    evaluation,
+    loading,
+    outputs,
+    report,
+    scenes,
+)
 from uda.datasets import LABEL_SPACES
 from uda.errors import UserError
-from uda.presets import COMPARED, LISTED_IMAGES, PRESETS, Method, Settings
+from uda.presets import COMPARED, LISTED_IMAGES, PRESETS, SHIPPED, Method, Settings
 
 EXAMPLES = Path(train_uda.__file__).parent
 SIZE = (32, 64)
@@ -127,14 +139,16 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_main_job_writes_its_results(finished: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
-    for stage in ("source_only", "adapted"):
+    for stage in ("source_only", "target_statistics", "source_continued", "adapted"):
         per_class = metrics[stage]["per_class"]
         assert len(per_class) == 19
         present = [iou for iou in per_class.values() if iou is not None]
         assert all(0 <= iou <= 100 for iou in present)
         assert metrics[stage]["miou"] == pytest.approx(sum(present) / len(present))
     assert metrics["adapted"]["best"]["miou"] >= metrics["adapted"]["miou"]
-    assert metrics["seconds"].keys() == {"source-only", "maxsquare-iw-multi"}
+    assert metrics["seconds"].keys() == {
+        "source-only", "target-statistics", "source", "maxsquare-iw-multi"
+    }  # fmt: skip
     assert metrics["settings"]["steps"] == 3
     assert torch.__version__.startswith(metrics["versions"]["torch"])
     with Image.open(finished / "panel.png") as panel:
@@ -157,6 +171,194 @@ def test_all_methods_start_from_one_source_model(
     assert same(models["maxsquare-iw-multi"], trained(finished / "last.pt"))
     assert not same(models["maxsquare"]["model"], models["source"]["model"])
     assert "mIoU" in capsys.readouterr().out
+
+
+def test_comparison_needs_no_target_loss(
+    tmp_path: Path, data_root: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "source", data_root, "--method", "source", "--no-compare") == 0
+    alone, compared = (
+        json.loads((out / "metrics.json").read_text()) for out in (tmp_path / "source", finished)
+    )
+    assert "target_statistics" not in alone
+    assert compared["source_continued"] == alone["adapted"]
+    source, statistics = (
+        checkpoint.load(finished / stage / "last.pt")["model"]
+        for stage in ("source-only", "target-statistics")
+    )
+    changed = {name for name in source if not torch.equal(source[name], statistics[name])}
+    assert changed == {name for name in source if "running" in name or "num_batches" in name}
+
+
+def test_adapted_model_may_take_its_statistics_from_the_target(
+    tmp_path: Path, data_root: Path, finished: Path
+) -> None:
+    assert PRESETS["demo"].settings.bn_statistics == "target"
+    out = tmp_path / "run"
+    assert train(out, data_root, "--bn-statistics", "training") == 0
+    mixed, target = (checkpoint.load(folder / "last.pt")["model"] for folder in (out, finished))
+    changed = {name for name in mixed if not torch.equal(mixed[name], target[name])}
+    assert changed == {name for name in mixed if "running" in name or "num_batches" in name}
+    controls = {
+        json.loads((folder / "metrics.json").read_text())["source_continued"]["miou"]
+        for folder in (out, finished)
+    }
+    assert len(controls) == 1
+
+
+def test_target_statistics_are_those_of_the_target(data_root: Path) -> None:
+    s = replace(PRESETS["demo"].settings, data_root=data_root, target_size=SIZE, source_size=SIZE)
+    _, target, _ = loading.open_data(s)
+    torch.manual_seed(0)
+    network = loading.build_network(s)
+    batches = [batch.image for batch in loading.batches(target, s, 0, 2, stream=2)]
+    adaptation.target_statistics(network, batches)
+    means = [network.conv1(images).mean(dim=(0, 2, 3)) for images in batches]
+    # Two sums of the same numbers in float32, of magnitude 100.
+    torch.testing.assert_close(
+        network.bn1.running_mean, torch.stack(means).mean(dim=0), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_source_stage_is_watched_at_home(tmp_path: Path) -> None:
+    options = ["--source-evaluate-every", "3", "--steps", "0", "--no-compare"]
+    assert train(tmp_path / "run", tmp_path / "data", *options) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    curve = metrics["source_validation"]
+    assert [point["step"] for point in curve] == [3, 4]
+    s = replace(PRESETS["demo"].settings, data_root=tmp_path / "data", source_size=SIZE)
+    images = loading.open_source_validation(s)
+    network, _ = loading.load_network(tmp_path / "run" / "source-only" / "last.pt")
+    loader = loading.validation_loader(images, replace(s, workers=0))
+    assert curve[-1] == {
+        "step": 4,
+        **report.entry(evaluation.evaluate(network, loader, images.space)),
+    }
+
+
+def test_exported_model_is_the_trained_one_in_half_precision(
+    tmp_path: Path, data_root: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last, small = finished / "source-only" / "last.pt", tmp_path / "model.safetensors"
+    assert export_model.main([str(last), str(small)]) == 0
+    # A name that is taken, and one that promises another format.
+    for out in (small, tmp_path / "model.pt"):
+        capsys.readouterr()
+        before = files(tmp_path)
+        assert export_model.main([str(last), str(out)]) == 2
+        assert out.name in only_sentence(capsys)
+        assert files(tmp_path) == before
+    network, s = loading.load_network(small)
+    assert (s.network, s.classes, s.data_root) == ("small", 19, None)
+    for name, weight in checkpoint.load(last)["model"].items():
+        rounded = weight.half().float() if weight.ndim > 1 else weight
+        assert torch.equal(network.state_dict()[name], rounded)
+    options = ["--init", str(small), "--source-steps", "0", "--steps", "0", "--no-compare"]
+    assert train(tmp_path / "run", data_root, *options) == 0
+
+
+def test_demo_adapts_the_shipped_model() -> None:
+    s = train_uda.parse([])
+    assert s.init == SHIPPED
+    assert SHIPPED.stat().st_size <= 3e6
+    network, trained = loading.load_network(SHIPPED)
+    assert (trained.network, trained.classes, trained.aspp) == (s.network, s.classes, s.aspp)
+    assert all(weight.isfinite().all() for weight in network.state_dict().values())
+    # Folders of the machine that made it are not for others.
+    assert trained.data_root is trained.out is trained.init is None
+    assert train_uda.parse(["--source-steps", "9"]).init is None
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "other shapes"])
+def test_missing_or_damaged_shipped_model_is_named(
+    damage: str,
+    tmp_path: Path,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shipped = tmp_path / "model.safetensors"
+    if damage == "truncated":
+        shipped.write_bytes(SHIPPED.read_bytes()[:100_000])
+    elif damage == "foreign":
+        shipped.write_text("version https://git-lfs.github.com/spec/v1")
+    elif damage == "other shapes":
+        checkpoint.export(shipped, {"model": deeplab.deeplab_small(5).state_dict()}, {})
+    before = files(tmp_path)
+    monkeypatch.setattr(train_uda, "SHIPPED", shipped)
+    assert train(tmp_path / "run", data_root, "--source-steps", "0") == 2
+    assert str(shipped) in only_sentence(capsys)
+    assert files(tmp_path) == before
+
+
+@pytest.fixture
+def eleven(tmp_path: Path) -> Path:
+    """A user's own pair of data sets: two folders, eleven classes, ids of their own."""
+    names = ["road", "kerb", "lawn", "water", "roof", "door", "cow", "boat", "sky", "sign", "dust"]
+    generator = np.random.default_rng(0)
+    for folder, split in (("Mine", "train"), ("Theirs", "train"), ("Theirs", "val")):
+        for part in ("images", "labels"):
+            (tmp_path / folder / part / split).mkdir(parents=True)
+        for name in "abcd":
+            classes = np.repeat(np.repeat(generator.integers(0, 11, (4, 8)), 8, 0), 8, 1)
+            picture = Image.fromarray((classes[..., None] * (5, 15, 20)).astype(np.uint8))
+            picture.save(tmp_path / folder / "images" / split / f"{name}.png")
+            if split == "val" or folder == "Mine":
+                ids = Image.fromarray((10 * classes + 3).astype(np.uint8))
+                ids.save(tmp_path / folder / "labels" / split / f"{name}.png")
+    ids = {str(10 * c + 3): name for c, name in enumerate(names)} | {"0": None}
+    for folder in ("Mine", "Theirs"):
+        (tmp_path / folder / "label_map.json").write_text(json.dumps(ids))
+    return tmp_path
+
+
+OWN_DATA = (
+    "--source folder --source-folder Mine --target folder --target-folder Theirs --classes 11"
+).split()
+
+
+def test_own_pair_of_data_sets_with_eleven_classes(
+    eleven: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(out, eleven, *OWN_DATA, "--source-steps", "20", "--source-horizon", "0") == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    names = list(json.loads((eleven / "Mine" / "label_map.json").read_text()).values())[:11]
+    assert list(metrics["adapted"]["per_class"]) == names
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    assert not (eleven / "GTA5").exists()
+    pictures = tmp_path / "pictures"
+    assert evaluate.main([str(out / "last.pt"), "--out", str(pictures), "--workers", "0"]) == 0
+    space = datasets.open_dataset("folder", eleven / "Theirs", "val", classes=11).space
+    # A name that Cityscapes has keeps its colour there; the others have one each.
+    assert space.colors[0] == LABEL_SPACES[19].colors[0]
+    assert len({*space.colors}) == 11
+    for path in pictures.iterdir():
+        with Image.open(path) as picture:
+            assert {color for _, color in picture.getcolors()} <= {*space.colors}
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda names: [*names[:9], names[10], names[9]], "same order"),
+        (lambda names: names[:10], "10 classes"),
+    ],
+)
+def test_label_maps_that_do_not_fit_are_refused(
+    damage: Callable[[list[str]], list[str]],
+    named: str,
+    eleven: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = eleven / "Theirs" / "label_map.json"
+    names = list(json.loads(path.read_text()).values())[:11]
+    path.write_text(json.dumps({str(i): name for i, name in enumerate(damage(names))}))
+    assert train(tmp_path / "run", eleven, *OWN_DATA) == 2
+    assert named in only_sentence(capsys)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -610,7 +812,10 @@ def test_a_kill_while_json_is_written_leaves_the_old_document(
         (["--machines", "2"], "MASTER_ADDR"),
         (["--batch-size", "3", "--processes", "2"], "--processes"),
         (["--batch-size", "5"], "--batch-size 5"),
-        (["--source-steps", "0"], "--init"),
+        (["--source-steps", "0", "--scenes", "0"], "--init"),
+        (["--classes", "1"], "--classes"),
+        (["--source-steps", "0", "--network", "resnet101"], "model.safetensors"),
+        (["--threads", "-1"], "--threads"),
         (["--source-steps", "9"], "--source-horizon"),
         (["--horizon", "2"], "--horizon 2"),
         (["--horizon", "-1"], "--horizon"),
@@ -618,6 +823,7 @@ def test_a_kill_while_json_is_written_leaves_the_old_document(
         (["--low-weight", "0"], "--low-weight 0"),
         (["--init", "missing.pt"], "missing.pt"),
         (["--scenes", "0", "--data-root", "missing"], "missing"),
+        (["--scenes", "0", "--source-evaluate-every", "2"], "list/val.txt"),
         (["--scenes", "0", "--target-folder", "missing"], "missing"),
         (["--resume"], "--out"),
         (["--resume", "--out", "missing"], "missing"),

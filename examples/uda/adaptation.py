@@ -16,11 +16,12 @@ discriminator and no target label is needed anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 import maxsquare
 from maxsquare import functional
@@ -125,6 +126,15 @@ def source_step(
     backward(source + source_low)
     optimizer.step()
     return Losses(source.detach(), source_low.detach(), target=source.new_zeros(()))
+
+
+def target_statistics(model: nn.Module, target_images: Iterable[Tensor]) -> None:
+    """Let BatchNorm take its running statistics from batches of target images, and learn nothing.
+
+    What a part of any adaptation is worth: while a network adapts, target images enter these
+    statistics, whatever the loss.
+    """
+    update_bn(target_images, model)
 
 
 def source_losses(

@@ -2,10 +2,12 @@
 
 A checkpoint is one dictionary of tensors, numbers, strings and containers of these. It is read
 without running code from the file (``weights_only``), so a file from anywhere is safe to open.
+Weights to be handed on are a safetensors file in half precision (`export`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import warnings
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 
 from uda.errors import UserError
@@ -85,9 +89,36 @@ def load(
     return state
 
 
+def export(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Write the weights of a checkpoint as safetensors in half precision, with their settings.
+
+    Vectors keep their precision: there are few, and BatchNorm's variances of images on the scale
+    0..255 can exceed what half precision holds.
+    """
+    tensors = {
+        name: (weight.half() if weight.ndim > 1 else weight).contiguous()
+        for name, weight in state["model"].items()
+    }
+    content = safetensors.torch.save(tensors, {"settings": json.dumps(settings)})
+    write(path, lambda file: file.write(content))
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    path.stat()  # of a missing file: the reason alone, without the path once more
+    with safetensors.safe_open(path, framework="pt") as file:
+        state: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}
+        settings = (file.metadata() or {}).get("settings")
+    return state if settings is None else state | {"settings": json.loads(settings)}
+
+
 def read(path: Path) -> dict[str, Any]:
-    """The dictionary in any file that ``torch.save`` wrote, on the CPU; UserError if none is."""
+    """The dictionary in any file that ``torch.save`` wrote, on the CPU; UserError if none is.
+
+    Of a safetensors file: its weights as "model", and "settings" if it holds any.
+    """
     try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
         with torch.serialization.safe_globals(NUMPY_NUMBERS), warnings.catch_warnings():
             # What torch finds odd about a file is no use beside the one sentence of the refusal.
             warnings.simplefilter("ignore")
@@ -96,7 +127,7 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise UserError(
             f"{path} cannot be read as a checkpoint ({_reason(error)}); give a complete file "
-            "written by torch.save"
+            "written by torch.save or safetensors"
         ) from error
     if not isinstance(state, dict):
         raise UserError(

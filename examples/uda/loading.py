@@ -40,6 +40,7 @@ def _scenes_of(s: Settings) -> dict[str, Any]:
         "val": max(s.scenes // 4, 1),
         "size": s.target_size,
         "source_size": s.source_size,
+        "source_val": max(s.scenes // 4, 1) if s.source_evaluate_every else 0,
     }
 
 
@@ -60,6 +61,14 @@ def open_data(
     validation = datasets.open_dataset(
         s.target, target_root, "val", size=s.target_size, classes=s.classes
     )
+    if s.source_evaluate_every:
+        open_source_validation(s)  # whose absence is to show now, not after so many steps
+    if source.space.names != validation.space.names:
+        raise UserError(
+            f"{source_root} and {target_root} do not name the same classes in the same order "
+            f"({', '.join(source.space.names)} and {', '.join(validation.space.names)}): make "
+            "them agree."
+        )
     for dataset, folder in ((source, source_root), (target, target_root)):
         if len(dataset) < s.batch_size:
             raise UserError(
@@ -78,6 +87,13 @@ def list_warning(s: Settings, images: int) -> str | None:
     return (
         f"warning: {s.source_folder} has {images:,} training images, the published runs read "
         f"{listed:,}: put their list at {path}, one image number a line."
+    )
+
+
+def open_source_validation(s: Settings) -> SegmentationDataset:
+    """The source's own validation images, with labels."""
+    return datasets.open_dataset(
+        s.source, s.data_root / s.source_folder, "val", size=s.source_size, classes=s.classes
     )
 
 

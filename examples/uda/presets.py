@@ -43,8 +43,8 @@ class Settings:
     """Adapt a segmentation network to images that nobody has labelled.
 
     A network is trained on labelled source images, then adapted to unlabelled target images, and
-    evaluated on held-out target images after either stage. Without arguments: the demo, on street
-    scenes rendered for the occasion.
+    evaluated on held-out target images after either stage. Without arguments: the demo, which
+    adapts a source model that comes with this script, on street scenes rendered for the occasion.
     """
 
     preset: str = "demo"
@@ -60,7 +60,11 @@ class Settings:
     """Continue the run in --out from its last checkpoint (give its other options again)."""
     init: Path | None = None
     """Weights to start from: a checkpoint of this script, of the published code, or torchvision's
-    ResNet-101. With --source-steps 0 these are the source model that is adapted."""
+    ResNet-101. With --source-steps 0 these are the source model that is adapted; the demo then
+    takes the one that comes with this script."""
+    compare: bool = False
+    """Also measure what needs no target loss: the source model with BatchNorm statistics of the
+    target, and the source model trained on for as many steps on the source alone."""
     list_presets: bool = False
     """Print the presets with their settings and published results, then stop."""
     check_data: bool = False
@@ -77,8 +81,9 @@ class Settings:
     """Layout of the target data set; its training labels are never opened."""
     target_folder: str = "Cityscapes"
     """Folder of the target data set under --data-root."""
-    classes: Literal[19, 16, 13] = 19
-    """Label space."""
+    classes: int = 19
+    """Number of classes: 19, 16 or 13 of Cityscapes; for the layout "folder", as many as its
+    label_map.json names."""
     source_size: tuple[int, int] = (720, 1280)
     """Height and width at which the network sees source images."""
     target_size: tuple[int, int] = (512, 1024)
@@ -87,7 +92,8 @@ class Settings:
     """Random changes of the training images: none, a flip, or a flip and a blur."""
     scenes: int = 0
     """Draw this many training images per domain, and a quarter as many for validation, into
-    --data-root unless they are there; 0: use the data sets that are there."""
+    --data-root unless they are there; 0, and always for layouts other than gta5 and cityscapes:
+    use the data sets that are there."""
 
     network: Literal["small", "resnet101"] = "resnet101"
     """DeepLabv2 on the published ResNet-101, or a small one that trains from scratch on a CPU."""
@@ -99,7 +105,7 @@ class Settings:
     source_steps: int = 0
     """Optimiser steps of the source stage; 0 starts from the model given by --init."""
     source_horizon: int = 200_000
-    """Step at which the source stage's learning rate would reach zero."""
+    """Step at which the source stage's learning rate would reach zero; 0: at its end."""
     source_lr: float = 2.5e-4
     """Learning rate of the source stage; the heads learn at ten times this rate."""
     steps: int = 29_750
@@ -131,6 +137,10 @@ class Settings:
     """Weight of the low-level head: of its source cross entropy, in the source stage and in
     multi-level methods, and of its guidance within the target loss; 0 leaves that head alone."""
 
+    bn_statistics: Literal["training", "target"] = "training"
+    """BatchNorm's running statistics in the adapted model: as training leaves them, source and
+    target images having entered in turn (published), or taken from target images at the end."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; "auto" takes a GPU if there is one."""
     processes: int = 1
@@ -144,6 +154,8 @@ class Settings:
     """Keep images and features channels-last in memory, which is quicker on GPUs."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    threads: int = 0
+    """Threads that compute on a CPU; 0: as many as PyTorch chooses."""
     workers: int = 2
     """Processes that load images; 0 loads them in the training process."""
 
@@ -153,6 +165,9 @@ class Settings:
     """Steps between two checkpoints."""
     evaluate_every: int = 2_975
     """Steps between two evaluations during the adaptation, from which best.pt is chosen."""
+    source_evaluate_every: int = 0
+    """Steps between two evaluations of the source stage on the source's own validation images
+    (split "val" of its layout; scenes draw a quarter as many); 0: none."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -166,20 +181,19 @@ class Settings:
                     f"{option(name)} {height} {width} is too small for the network: take at least "
                     f"{SMALLEST_SIDE} pixels each way."
                 )
-        positive = (
-            "source_horizon source_lr lr batch_size processes machines log_every save_every "
-            "evaluate_every"
-        )
+        positive = "source_lr lr batch_size processes machines log_every save_every evaluate_every"
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise UserError(f"{option(name)} must be positive, not {getattr(self, name)}.")
         not_negative = (
-            "seed scenes source_steps steps horizon momentum weight_decay target_weight low_weight "
-            "workers"
+            "seed scenes source_steps source_horizon steps horizon momentum weight_decay "
+            "target_weight low_weight workers source_evaluate_every threads"
         )
         for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise UserError(f"{option(name)} must not be negative, not {getattr(self, name)}.")
+        if self.classes < 2:
+            raise UserError(f"--classes must be at least 2, not {self.classes}.")
         if self.seed > LARGEST_SEED:
             raise UserError(f"--seed must be at most {LARGEST_SEED}, not {self.seed}.")
         for name, lowest in (("ratio", -1), ("threshold", 0)):
@@ -207,7 +221,7 @@ class Settings:
             if 0 < getattr(self, horizon) < getattr(self, steps):
                 raise UserError(
                     f"{option(horizon)} {getattr(self, horizon)} ends before {option(steps)} "
-                    f"{getattr(self, steps)}: make it at least as large."
+                    f"{getattr(self, steps)}: make it at least as large, or 0."
                 )
 
 
@@ -268,24 +282,30 @@ _ENTROPY = {"method": "entropy", "low_weight": 0.0}
 _PLAIN = {"method": "maxsquare", "low_weight": 0.0}
 _IMAGE_WISE = {"method": "maxsquare-iw", "low_weight": 0.0}
 _MULTI = {"method": "maxsquare-iw-multi"}
+# The source model that comes with the demo; its card lies beside it.
+SHIPPED = Path(__file__).resolve().parents[1] / "source_model" / "model.safetensors"
 _DEMO = Settings(
     source_size=(180, 320),
     target_size=(160, 320),
     scenes=400,
     network="small",
-    source_steps=600,
-    source_horizon=600,
+    compare=True,
+    source_horizon=0,
     source_lr=1e-2,
-    steps=200,
+    steps=250,
     horizon=0,
-    lr=2.5e-3,
-    batch_size=4,
+    lr=5e-3,
+    batch_size=2,
+    # Published for 29,750 steps is 0.1; so few need a stronger pull.
+    target_weight=5.0,
     backbone_updates="once",
+    bn_statistics="target",
     channels_last=True,
-    # Two cores are quicker left to the network than shared with loading processes.
-    workers=0,
+    # Threads that share busy cores wait for each other: two are then slower than one.
+    threads=1,
+    workers=1,
     save_every=100,
-    evaluate_every=100,
+    evaluate_every=250,
 )
 _CITIES = {
     # city: source only, maximum squares, image-wise maximum squares

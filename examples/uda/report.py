@@ -51,7 +51,7 @@ def progress_bar(console: Console) -> Progress:
 def entry(scores: Scores) -> dict[str, Any]:
     """Scores as metrics.json holds them, in percent."""
     values: dict[str, Any] = {"miou": scores.miou, "per_class": scores.per_class}
-    if len(scores.names) == 16:
+    if scores.names == LABEL_SPACES[16].names:
         values["miou_13"] = thirteen(scores).miou
     return values
 
@@ -71,7 +71,7 @@ def scores_table(columns: Mapping[str, Scores], title: str) -> Table:
         table.add_row(name, *(_percent(scores.per_class[name]) for scores in columns.values()))
     table.add_section()
     table.add_row("mIoU", *(_percent(scores.miou) for scores in columns.values()), style="bold")
-    if all(len(scores.names) == 16 for scores in columns.values()):
+    if all(scores.names == LABEL_SPACES[16].names for scores in columns.values()):
         means = (_percent(thirteen(scores).miou) for scores in columns.values())
         table.add_row("mIoU, 13 classes", *means)
     return table

@@ -17,44 +17,69 @@ from uda.presets import PRESETS, Settings
 from uda.report import entry, scores_table, versions
 
 PANEL_ROWS = 4
+SOURCE_ONLY, CONTROL = "source only", "source"
 
 
 def write_results(
     source_only: Mapping[str, Any],
+    statistics: Mapping[str, Any] | None,
     adapted: Mapping[str, Mapping[str, Any]],
     validation: SegmentationDataset,
     s: Settings,
     console: Console,
 ) -> None:
-    """Report the last step of every stage, given the states that `train` returned."""
+    """Report the last step of every stage, given the states that `train` returned.
+
+    Args:
+        source_only: the source model.
+        statistics: with BatchNorm statistics of the target; None: not measured.
+        adapted: by method; "source" is the control, trained on without a target loss.
+        validation: images of the target.
+        s: what was asked for.
+        console: where the table goes.
+    """
     names = validation.space.names
     # Of several methods, the one shown in full is the preset's own.
     shown = s.method if s.method in adapted else PRESETS[s.preset].settings.method
-    before = Scores(source_only["confusion"], names)
+    before = {SOURCE_ONLY: Scores(source_only["confusion"], names)}
+    if statistics is not None:
+        before["target statistics"] = Scores(statistics["confusion"], names)
     after = {method: Scores(state["confusion"], names) for method, state in adapted.items()}
     methods = {
         method: entry(scores) | {"best": adapted[method]["best"]}
         for method, scores in after.items()
     }
-    stages = {source_only["stage"]: source_only, **adapted}
+    stages = {
+        state["stage"]: state for state in (source_only, statistics, *adapted.values()) if state
+    }
     metrics = {
-        "source_only": entry(before),
+        **{name.replace(" ", "_"): entry(scores) for name, scores in before.items()},
+        **({"source_continued": methods[CONTROL]} if CONTROL in methods else {}),
         "adapted": methods[shown],
         "methods": methods,
         "seconds": {stage: state["seconds"] for stage, state in stages.items()},
         "settings": as_json(s),
         "versions": versions(),
     }
-    if len(methods) == 1:
+    if source_only["source_validation"]:
+        metrics["source_validation"] = source_only["source_validation"]
+    if s.method != "all":
         del metrics["methods"]
     write_json(s.out / "metrics.json", metrics)
     write_panel(source_only, adapted[shown], validation, s)
 
-    title = f"Target validation at {s.target_size[1]}x{s.target_size[0]}, after the last step"
-    console.print(scores_table({"source only": before, **after}, title))
-    console.print("Best evaluations, chosen on target labels that a user does not have:")
-    for method, state in adapted.items():
-        console.print(f"  {method}: mIoU {state['best']['miou']:.1f} at {state['best']['step']}")
+    size = f"{s.target_size[1]}x{s.target_size[0]}"
+    title = f"Target validation at {size}, after the last step ({s.method})"
+    titles = {CONTROL: "source continued"}
+    if len(after.keys() - {CONTROL}) == 1:
+        titles = {shown: "adapted", **titles}
+    columns = {titles.get(method, method): scores for method, scores in after.items()}
+    console.print(scores_table(before | columns, title))
+    if s.evaluate_every < s.steps:  # else the last evaluation is the only one
+        console.print("Best evaluations, chosen on target labels that a user does not have:")
+        for method, state in adapted.items():
+            best = state["best"]
+            console.print(f"  {method}: mIoU {best['miou']:.1f} at {best['step']}")
 
 
 def write_panel(
