@@ -1,6 +1,6 @@
 """Which part of the method helps, and by how much: every target loss on the same footing.
 
-    python benchmarks/ablation.py                  # rendered street scenes: under an hour, 2 cores
+    python benchmarks/ablation.py                  # rendered street scenes: an hour, 2 cores
     python benchmarks/ablation.py --task digits    # two sources of real handwriting: minutes
     python benchmarks/ablation.py --summary-only   # tables and plot again, from finished runs
 

@@ -69,13 +69,13 @@ class StreetScenes:
             method: tuple(round(multiple * weight, 6) for multiple in MULTIPLES)
             for method, weight in BASE_WEIGHTS.items()
         }
+        named = ", ".join(f"{path.parent.name}/{path.name}" for path in sources)
         self.base = {
             "data": f"{s.scenes} rendered street scenes per domain for training, "
             f"{max(s.scenes // 4, 1)} of the target for validation, "
             f"{s.target_size[1]}x{s.target_size[0]} pixels, {s.classes} classes",
             "network": "DeepLabv2 with two heads on a small ResNet",
-            "source": f"{len(sources)} source model{'s' * (len(sources) > 1)}, which the seeds "
-            f"take in turn: {', '.join(f'{path.parent.name}/{path.name}' for path in sources)}",
+            "source models": f"{named} (--sources), which the seeds take in turn",
             "adaptation": f"{s.steps} steps of {s.batch_size} + {s.batch_size} images, "
             f"learning rate {s.lr:g} (heads x10), SGD, momentum {s.momentum:g}, weight decay "
             f"{s.weight_decay:g}, poly decay",
