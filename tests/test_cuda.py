@@ -34,8 +34,10 @@ from torch import Tensor
 from maxsquare.engine import operators, plain
 from maxsquare.potentials import POWER_FROM_Q, Label, Potential, Tsallis
 
-triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Before 3.4 the kernels do not compile, and before 3.7 Triton's interpreter takes arrays of one
+# element for numbers, which NumPy 2.4 refuses.
+triton = pytest.importorskip("triton", minversion="3.4" if DEVICE == "cuda" else "3.7")
 if DEVICE == "cpu":
     # Triton asks for it when it is imported, which another module may have done before.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -332,6 +334,12 @@ def test_capture_in_a_graph(size: tuple[int, int] | None) -> None:
     graph.replay()
     assert torch.equal(value, expected)
     assert all(map(torch.equal, slopes, gradients))
+
+
+def test_a_triton_that_cannot_compile_the_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    with pytest.raises(RuntimeError, match=r"Triton 3\.4 or later, not 3\.3\.1"):
+        cuda.check(torch.device(DEVICE))
 
 
 @needs_cuda

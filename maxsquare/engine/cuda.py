@@ -29,6 +29,8 @@ from maxsquare.engine.layout import axis, flat_stride, strides
 from maxsquare.engine.plain import LOWEST_LOGIT, accumulation_dtype, index_dtype, number_of_classes
 from maxsquare.potentials import LABEL, POWER, SHANNON, SQUARE, Label, Potential, Tsallis
 
+# The first whose kernels take tuples, and constants with fields.
+TRITON = (3, 4)
 WARPS = 4
 # Elements of a tile: 16 of a thread's 255 registers for the logits, as many for each step.
 TILE = 2048
@@ -511,6 +513,10 @@ def weighted_sum_and_slope(
 
 def check(device: torch.device) -> None:
     """Raise unless both operators give what the plain formula gives; the host waits for that."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < TRITON:
+        raise RuntimeError(
+            f"they need Triton 3.4 or later, not {triton.__version__} (update PyTorch to 2.8)"
+        )
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda":
         raise RuntimeError(f"no kernels for {target.backend}")
