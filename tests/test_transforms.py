@@ -118,6 +118,8 @@ def test_vmap_of_grad_equals_a_loop(member: Member, size: tuple[int, int] | None
     assert_close(torch.func.vmap(gradient_of)(*stacks), expected)
 
 
+# What vmap of PyTorch 2.6 says of its own loop.
+@pytest.mark.filterwarnings("ignore:.*batching rule for aten..count_nonzero:UserWarning")
 @each_member
 def test_vmap_over_masks_equals_a_loop(member: Member) -> None:
     inputs = tuple(x.detach() for x in inputs_of(member, (2, 3, 3, 2)))
