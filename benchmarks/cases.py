@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -18,8 +17,6 @@ from torch import Tensor
 
 import baselines
 from maxsquare import IWMaxSquareLoss, MaxSquareLoss, MultiLevelLoss, functional
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from uda.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"

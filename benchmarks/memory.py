@@ -27,8 +27,6 @@ from rich.table import Table
 
 import cases
 from cases import NOT_IMAGE_WISE, OURS, Bar, Case
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from uda.errors import UserError
 
 QUESTION = (

@@ -34,8 +34,6 @@ from rich.table import Table
 
 import cases
 from cases import COMPILED, CROSS_ENTROPY, NOT_IMAGE_WISE, OURS, PLAIN, PUBLISHED, Bar, Case
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from uda import report
 from uda.errors import UserError
 

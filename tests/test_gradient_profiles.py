@@ -289,7 +289,9 @@ def test_every_figure_has_its_numbers_and_its_record(trained: Path, results: Pat
     assert written == {f"{name}.{ending}" for name in FIGURES for ending in endings}
     for name in FIGURES:
         record = json.loads((results / f"{name}.json").read_text())
-        assert record["command"].startswith(f"python benchmarks/gradient_profiles.py {trained}")
+        assert record["command"].startswith(
+            f"python benchmarks/experiments/gradient_profiles.py {trained}"
+        )
         assert record["environment"]["torch"] == torch.__version__
         assert record["environment"].keys() >= {"python", "maxsquare", "cpu", "date"}
         assert (results / f"{name}.svg").stat().st_size < 200_000

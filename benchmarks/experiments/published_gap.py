@@ -1,7 +1,7 @@
 """What a re-implementation changes that knows the paper but not what the published code does.
 
-    python benchmarks/published_gap.py               # half an hour on a quiet core
-    python benchmarks/published_gap.py --seeds 0     # only the optimiser's arithmetic, in a minute
+    python benchmarks/experiments/published_gap.py  # half an hour on a quiet core
+    python benchmarks/experiments/published_gap.py --seeds 0  # the optimiser alone: a minute
 
 The arithmetic of the optimiser is that of the full-size runs. The scores are of a small network on
 handwritten digits (the ablation's task): they say which way a difference goes there, not how many
@@ -27,8 +27,6 @@ from torch import nn
 import ablation
 import cases
 from digits import Digits
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from uda import report
 from uda.adaptation import (
     REPEATS,
@@ -89,7 +87,7 @@ def run(options: Options, given: Sequence[str], console: Console) -> None:
         raise UserError("--seeds must be 0 or at least 2, and no number of steps negative.")
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "benchmarks/published_gap.py", *given])
+    command = shlex.join(["python", "benchmarks/experiments/published_gap.py", *given])
     environment = cases.name_of(cases.environment("cpu"))
     sections = [f"# {QUESTION}", f"`{command}`: {environment}.", *optimiser_sections()]
     if options.seeds:

@@ -1,6 +1,6 @@
 """Handwritten digits of two real sources, as a segmentation task for the ablation.
 
-    python benchmarks/digits.py   # a picture of the data
+    python benchmarks/experiments/digits.py   # a picture of the data
 
 Nothing here is drawn by this project: a canvas holds three to six real digits, and the label of a
 pixel is the digit whose ink lies there, else background. What differs between the domains is the
@@ -47,8 +47,6 @@ from torchvision.models.resnet import BasicBlock
 
 import cases
 import maxsquare
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from uda import adaptation, report
 from uda.adaptation import BackboneUpdates
 from uda.datasets import LabelSpace, Progress, Sample

@@ -1,7 +1,7 @@
 """Where a target loss puts its gradient: over confidence, and over the classes of real images.
 
-    python benchmarks/gradient_profiles.py   # the paper's Figure 1: seconds
-    python benchmarks/gradient_profiles.py RUN/source-only/last.pt   # and Figure 2 of that network
+    python benchmarks/experiments/gradient_profiles.py   # the paper's Figure 1: seconds
+    python benchmarks/experiments/gradient_profiles.py RUN/source-only/last.pt   # and Figure 2
 
 Figure 1 shows the Tsallis entropies S_q of one pixel and their slopes. All curves are S_q itself,
 so that they compare: S_1 is `EntropyLoss`, and S_2 is 1 + 2 `MaxSquareLoss`.
@@ -27,8 +27,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import matplotlib
 import torch
@@ -166,7 +164,7 @@ def run(options: Options, given: Sequence[str], console: Console) -> None:
 
     record = {
         "question": QUESTION,
-        "command": shlex.join(["python", "benchmarks/gradient_profiles.py", *given]),
+        "command": shlex.join(["python", "benchmarks/experiments/gradient_profiles.py", *given]),
         "environment": report.versions() | cases.environment(device),
     }
     console.print(QUESTION)

@@ -7,7 +7,6 @@ so that the whole ablation takes a few hours of computing.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from uda import adaptation, deeplab, loading
 from uda.adaptation import BackboneUpdates
 from uda.datasets import Progress

@@ -1,8 +1,8 @@
 """Which part of the method helps, and by how much: every target loss on the same footing.
 
-    python benchmarks/ablation.py                  # rendered street scenes: an hour, 2 cores
-    python benchmarks/ablation.py --task digits    # two sources of real handwriting: minutes
-    python benchmarks/ablation.py --summary-only   # tables and plot again, from finished runs
+    python benchmarks/experiments/ablation.py  # rendered street scenes: an hour, 2 cores
+    python benchmarks/experiments/ablation.py --task digits  # real handwriting: minutes
+    python benchmarks/experiments/ablation.py --summary-only  # tables and plots again
 
 Each method chooses its target weight from as many values as every other, by the labels of the
 target's validation images, on one seed that is not reported. Then, with each reported seed, all
@@ -38,8 +38,6 @@ from rich.markdown import Markdown
 from scipy.stats import ttest_rel
 
 import cases
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from uda import checkpoint, outputs, report
 from uda.adaptation import BackboneUpdates
 from uda.datasets import Progress
@@ -475,7 +473,7 @@ def summarize(started_with: Mapping[str, Any], finished: Finished) -> dict[str, 
     options = ["--task", settings["task"], "--seeds", str(len(seeds))]
     return {
         "question": QUESTION,
-        "command": shlex.join(["python", "benchmarks/ablation.py", *options]),
+        "command": shlex.join(["python", "benchmarks/experiments/ablation.py", *options]),
         **settings,
         "environment": started_with["environment"],
         "tuning_seed": TUNING_SEED,

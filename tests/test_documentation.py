@@ -1,0 +1,93 @@
+"""What README.md and the pages beside examples and benchmarks tell a reader to run does run."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tyro
+from torch import nn
+
+from maxsquare import __version__
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", ROOT / "benchmarks" / "README.md"]
+
+
+def blocks(language: str) -> list[Any]:
+    return [
+        pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
+        for page in PAGES
+        for number, block in enumerate(
+            re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        )
+    ]
+
+
+class TwoHeads(nn.Module):
+    """Stands for the reader's network: two heads at an eighth of the resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.final = nn.Conv2d(3, 5, 8, stride=8)
+        self.low = nn.Conv2d(3, 5, 8, stride=8)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.final(images), self.low(images)
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_a_block_of_python_trains_the_readers_network(block: str) -> None:
+    torch.manual_seed(0)
+    model = TwoHeads()
+    labels = torch.randint(0, 5, (2, 16, 24))
+    labels[:, :3] = 255  # as in the label files of Cityscapes
+    batch = ((torch.rand(2, 3, 16, 24), labels), torch.rand(2, 3, 24, 32))
+    names: dict[str, Any] = {
+        "model": model,
+        "loader": [batch] * 2,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    exec(block, names)
+    after = list(model.parameters())
+    assert all(parameter.isfinite().all() for parameter in after)
+    assert not any(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("block", blocks("sh"))
+def test_a_block_of_shell_names_scripts_and_options_that_exist(block: str) -> None:
+    lines = [line.strip() for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    commands = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    assert commands
+    for command in filter(None, commands):
+        program, *arguments = command
+        if not program.endswith("python") or not arguments[0].endswith(".py"):
+            assert Path(program).name in ("python", "pip", "pytest", "THP_MEM_ALLOC_ENABLE=1")
+            continue
+        script = ROOT / arguments[0]
+        assert script.is_file()
+        module = importlib.import_module(script.stem)
+        form = getattr(module, "Options", None) or getattr(module, "Settings", None)
+        if form is not None and "--help" not in arguments:
+            tyro.cli(form, args=arguments[1:])
+
+
+def test_links_lead_to_files() -> None:
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+        missing = [link for link in links if not (page.parent / link).exists()]
+        assert missing == [], f"{page.name}: {missing}"
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
+def test_the_changelog_tells_of_this_version() -> None:
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
