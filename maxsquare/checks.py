@@ -84,7 +84,7 @@ def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, i
     pair = size if isinstance(size, Sequence) else (size, size)
     if isinstance(size, (bytes, bytearray)) or not all(map(_is_int, pair)):
         raise TypeError(f"size must be one or two ints (height, width), not {size!r}")
-    if len(pair) != 2 or min(pair) < 1:
+    if len(pair) != 2 or pair[0] < 1 or pair[1] < 1:
         raise ValueError(
             "size must be one or two positive ints (height, width), for upsampling is "
             f"two-dimensional only, not {size!r}"

@@ -356,7 +356,7 @@ def _label_loss(
     logits: Tensor, z: Tensor, y: Tensor, counts: Tensor, reduction: str, how: dict[str, Any]
 ) -> Tensor:
     """Cross entropy against the classes y."""
-    weights = _mean_weights(counts[:, :-1].sum(), z, reduction)
+    weights = _mean_weights(counts[..., :-1].sum(), z, reduction)
     return _reduce(logits, z, weights, y, None, Label(), reduction, how)
 
 
@@ -412,7 +412,7 @@ def _mean_weights(counted: Tensor | int, z: Tensor, reduction: str, factor: floa
 
 def _class_weights(counts: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
     """(N, C + 1) counts -> (N, C) weights 1 / max(N_c^a N^(1-a), 1), all 1 where N is 0."""
-    n = counts[:, :-1].to(engine.accumulation_dtype(dtype))
+    n = counts[..., :-1].to(engine.accumulation_dtype(dtype))
     total = n.sum(1, keepdim=True)
     return 1 / torch.where(total > 0, n**ratio * total ** (1 - ratio), 1).clamp_min(1)
 
