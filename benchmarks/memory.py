@@ -42,7 +42,7 @@ ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "16384"}
 
 # At 19 classes, 1024x2048, float32.
 PLAIN_PATH_MIB = 16  # beyond the logits and their gradient
-UPSAMPLED_SHARE = 0.1  # of one head's full-resolution logits, beyond the inputs
+UPSAMPLED_SHARE = 0.04  # of one head's full-resolution logits, beyond the inputs
 
 
 @dataclass(frozen=True)

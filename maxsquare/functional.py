@@ -271,7 +271,7 @@ def cross_entropy(
     check_map("labels", labels, logits, how["size"])
     y, counts = _label_classes(labels, logits, z, valid, ignore_index, how)
     classes = max(logits.shape[1], 2)
-    check_classes(labels, counts[:, -1], classes, ignore_index)
+    check_classes(labels, counts[..., -1], classes, ignore_index)
     return _label_loss(logits, z, y, counts, reduction, how)
 
 
