@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+# Imported for its doctests, it would import the kernels before Triton's interpreter is chosen.
+collect_ignore = ["compile_kernels.py"]
+
 
 @pytest.fixture(
     params=[

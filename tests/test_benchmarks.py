@@ -356,7 +356,8 @@ def test_peak_memory_of_ours_is_small(upsampled: bool) -> None:
     """About four times what was measured, and a third of the plain composition's peak."""
     case = Case("max_square", classes=19, height=512, upsampled=upsampled)
     row = memory.make_row(case, OURS, memory.measure("cpu", 2, memory.peak_bytes, case, OURS))
-    assert case.given_bytes / 2**20 <= row.beyond_inputs
+    # Resident memory is counted in batches of pages.
+    assert 0.99 * case.given_bytes / 2**20 <= row.beyond_inputs
     if upsampled:
         assert row.full_logits < 1
     else:
@@ -369,7 +370,7 @@ def test_memory_claims_are_judged_at_their_own_case() -> None:
     (verdict,) = memory.judge([(case, rows), (case._replace(height=512), rows)])
     assert (verdict["mib"], verdict["met"]) == (20, False)
     upsampled = case._replace(upsampled=True)
-    (verdict,) = memory.judge([(upsampled, [memory.make_row(upsampled, OURS, 15 * 2**20)])])
+    (verdict,) = memory.judge([(upsampled, [memory.make_row(upsampled, OURS, 6 * 2**20)])])
     assert verdict["met"]
 
 
