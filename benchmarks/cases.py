@@ -179,7 +179,7 @@ def available_bytes(device: str) -> int:
         return torch.cuda.mem_get_info()[0]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
-        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        lines = dict(line.split(":") for line in meminfo.read_text(encoding="utf-8").splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -208,7 +208,7 @@ def resolve_device(device: str) -> str:
 def environment(device: str) -> dict[str, Any]:
     """What a figure depends on."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.processor() or platform.machine(),
@@ -243,7 +243,7 @@ def save_json(document: dict[str, Any], path: Path) -> None:
         return float(f"{value:.4g}") if isinstance(value, float) else value
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(shorten(document), indent=1) + "\n")
+    path.write_text(json.dumps(shorten(document), indent=1) + "\n", encoding="utf-8")
 
 
 class Bar(NamedTuple):

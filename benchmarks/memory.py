@@ -196,7 +196,10 @@ def peak_during(function: Callable[[], object], device: str) -> int:
 
 def high_water_bytes() -> int:
     """The most resident memory that this process has ever held."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    lines = dict(
+        line.split(":")
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    )
     return int(lines["VmHWM"].split()[0]) * 1024
 
 

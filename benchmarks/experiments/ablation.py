@@ -353,7 +353,7 @@ def read_runs(folder: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
 def read(path: Path, entries: Iterable[str], remedy: str) -> dict[str, Any]:
     """What was written there, if it is whole."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # neither JSON nor perhaps text
         content = None
     if not isinstance(content, dict) or not content.keys() >= {*entries}:
@@ -561,7 +561,7 @@ def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     text = markdown(summary)
     console.print(Markdown(text))
     cases.save_json(summary, folder / f"{stem}.json")
-    (folder / f"{stem}.md").write_text(text)
+    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
     write_csv(summary, folder / f"{stem}.csv")
     figure = plot(summary)
     for suffix in ("png", "svg"):
@@ -573,7 +573,7 @@ def write_csv(summary: Mapping[str, Any], path: Path) -> None:
     """One line for each seed and row."""
     classes = list(summary["rows"][SOURCE_ONLY]["per_class"])
     header = "seed row method weight updates lr_multiple score with_target_statistics seconds"
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow([*header.split(), *classes])
         for name, row in summary["rows"].items():

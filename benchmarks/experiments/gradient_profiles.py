@@ -547,7 +547,7 @@ def save(
     with matplotlib.rc_context({"svg.hashsalt": stem.name}):
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
     figure.savefig(stem.with_suffix(".png"), dpi=DPI)
-    with stem.with_suffix(".csv").open("w", newline="") as file:
+    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, rows[0], lineterminator="\n")
         table.writeheader()
         for row in rows:

@@ -415,7 +415,10 @@ def _folder_space(root: Path, classes: int, labels: bool) -> tuple[LabelSpace, M
             )
         return LABEL_SPACES[classes], {}
     try:
-        entries = {int(file_id): name for file_id, name in json.loads(path.read_text()).items()}
+        entries = {
+            int(file_id): name
+            for file_id, name in json.loads(path.read_text(encoding="utf-8")).items()
+        }
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"{path} is not a JSON object from label id to class name or null ({error}): repair it."
@@ -442,7 +445,7 @@ def _color(c: int, classes: int) -> tuple[int, int, int]:
 
 def _listed(path: Path) -> list[str] | None:
     try:
-        return path.read_text().split() if path.is_file() else None
+        return path.read_text(encoding="utf-8").split() if path.is_file() else None
     except UnicodeDecodeError as error:
         raise UserError(_unreadable("list file", path, error)) from error
 

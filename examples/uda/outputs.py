@@ -113,7 +113,7 @@ def _fits(value: object, hint: Any) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file that `write_json` wrote; UserError if there is none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): restore it or remove it.") from error
     if not isinstance(content, dict):

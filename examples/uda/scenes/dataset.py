@@ -129,7 +129,9 @@ def _claim(root: Path, settings: dict[str, object]) -> None:
     """Note in the folder what it holds, or refuse a folder that holds something else."""
     if not _holds(root, settings):
         root.mkdir(parents=True, exist_ok=True)
-        _replace(root / _MARKER, lambda part: part.write_text(json.dumps(settings)))
+        _replace(
+            root / _MARKER, lambda part: part.write_text(json.dumps(settings), encoding="utf-8")
+        )
 
 
 def _holds(root: Path, settings: dict[str, object]) -> bool:
@@ -183,7 +185,10 @@ def _write_lists(folder: Path, train: int, source_val: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, first, count in (("train", 1, train), ("val", train + 1, source_val)):
         names = "".join(f"{i:05d}\n" for i in range(first, first + count))
-        _replace(folder / f"{split}.txt", lambda part, names=names: part.write_text(names))
+        _replace(
+            folder / f"{split}.txt",
+            lambda part, names=names: part.write_text(names, encoding="utf-8"),
+        )
 
 
 def _rendered(jobs: Sequence[_Job]) -> Iterator[None]:
