@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -21,3 +23,20 @@ collect_ignore = ["compile_kernels.py"]
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that a promise must hold on."""
     return torch.device(request.param)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--stress",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="how many times the usual budget each test of `-m stress` spends (default: 1)",
+    )
+
+
+@pytest.fixture
+def stress_budget(request: pytest.FixtureRequest) -> Callable[[float], float]:
+    """The share that `--stress` grants of a usual amount (of seconds, of examples, of kills)."""
+    factor = request.config.getoption("--stress")
+    return lambda usual: usual * factor
