@@ -1,11 +1,11 @@
 """Which part of the method helps, and by how much: every target loss on the same footing.
 
     python benchmarks/experiments/ablation.py  # rendered street scenes: an hour, 2 cores
-    python benchmarks/experiments/ablation.py --task digits  # real handwriting: minutes
+    python benchmarks/experiments/ablation.py --task digits  # real handwriting: half of that
     python benchmarks/experiments/ablation.py --summary-only  # tables and plots again
 
 Each method chooses its target weight from as many values as every other, by the labels of the
-target's validation images, on one seed that is not reported. Then, with each reported seed, all
+target's validation images, on seeds that are not reported. Then, with each reported seed, all
 methods start from the same source model and see the same images in the same order, so that their
 differences are paired. A run that was stopped goes on where it was.
 """
@@ -39,13 +39,12 @@ from scipy.stats import ttest_rel
 
 import cases
 from uda import checkpoint, outputs, report
-from uda.adaptation import BackboneUpdates
 from uda.datasets import Progress
 from uda.errors import UserError
 from uda.presets import SHIPPED
 
 QUESTION = "Which part of the method helps on the target, and by how much?"
-TUNING_SEED = 100
+TUNING_SEEDS = (100, 101, 102)
 
 Weights = dict[str, torch.Tensor]
 
@@ -60,13 +59,13 @@ class Task(Protocol):
         name: stem of the result files.
         score_name: what `score` returns, with its unit.
         base: what data, network and recipe are, a line each.
-        weights: the target weights from which each method chooses.
+        weights: of the target loss, from which each method chooses.
     """
 
     name: str
     score_name: str
     base: dict[str, str]
-    weights: dict[str, tuple[float, ...]]
+    weights: tuple[float, ...]
 
     def prepare(self, on_progress: Progress) -> None:
         """Make what several runs share; called once, before any other method."""
@@ -77,17 +76,8 @@ class Task(Protocol):
     def target_statistics(self, source: Weights, seed: int) -> Weights:
         """The model with BatchNorm's running statistics taken from target training images."""
 
-    def adapt(
-        self,
-        source: Weights,
-        seed: int,
-        method: str,
-        weight: float,
-        *,
-        updates: BackboneUpdates = "once",
-        lr_multiple: float = 1.0,
-    ) -> Weights:
-        """The model adapted by a method; `lr_multiple` is for the backbone alone."""
+    def adapt(self, source: Weights, seed: int, method: str, weight: float) -> Weights:
+        """The model after learning on with the target loss of a method ("source": with none)."""
 
     def score(self, weights: Weights) -> tuple[float, dict[str, float | None]]:
         """On labelled target validation images: the score over all, and of each class."""
@@ -106,16 +96,12 @@ class Row(NamedTuple):
 
     label: str
     method: str | None = None
-    updates: BackboneUpdates = "once"
-    lr_multiple: float = 1.0
 
 
 SOURCE_ONLY = "source-only"
 STATISTICS = "target-statistics"
 CONTROL = "source"
 FULL = "maxsquare-iw-multi"
-PUBLISHED_UPDATES = FULL + "-published"
-TRIPLE_LR = FULL + "-lr-x3"
 ROWS = {
     SOURCE_ONLY: Row("source only"),
     STATISTICS: Row("target BatchNorm statistics"),
@@ -126,26 +112,25 @@ ROWS = {
     "maxsquare-iw": Row("+ IW (image-wise)", "maxsquare-iw"),
     FULL: Row("+ IW + Multi(-level)", FULL),
     "pseudo-label": Row("pseudo labels", "pseudo-label"),
-    PUBLISHED_UPDATES: Row('Multi, "published" updates', FULL, updates="published"),
-    TRIPLE_LR: Row("Multi, backbone lr x 3", FULL, lr_multiple=3.0),
 }
-TRAP = (PUBLISHED_UPDATES, TRIPLE_LR)
-ADAPTED = [name for name, row in ROWS.items() if row.method not in (None, CONTROL)]
-METHODS = [name for name in ADAPTED if name not in TRAP]
+METHODS = [name for name, row in ROWS.items() if row.method not in (None, CONTROL)]
 # What one row adds to another; the paper's ladder first.
 STEPS = {
     ("maxsquare", "entropy"): "maximum squares − entropy",
     ("maxsquare", "tsallis-1.5"): "maximum squares − Tsallis, q = 1.5",
     ("maxsquare-iw", "maxsquare"): "IW − maximum squares",
     (FULL, "maxsquare-iw"): "Multi − IW",
-    ("maxsquare", STATISTICS): "maximum squares − target BatchNorm statistics",
-    (PUBLISHED_UPDATES, FULL): 'Multi: "published" updates − once',
-    (TRIPLE_LR, FULL): "Multi: backbone lr x 3 − x 1",
-    (PUBLISHED_UPDATES, TRIPLE_LR): 'Multi: "published" updates − backbone lr x 3',
+    ("maxsquare-iw", "pseudo-label"): "IW − pseudo labels",
 }
 COMPARISONS = (
     *((name, SOURCE_ONLY) for name in ROWS if name != SOURCE_ONLY),
-    *((name, CONTROL) for name in ADAPTED),
+    *((name, CONTROL) for name in METHODS),
+    *STEPS,
+)
+# With the target's BatchNorm statistics in every model, so that they explain no difference.
+EQUALISED = (
+    *((name, STATISTICS) for name in (CONTROL, *METHODS)),
+    *((name, CONTROL) for name in METHODS),
     *STEPS,
 )
 
@@ -160,7 +145,7 @@ class Options:
     task: Literal["scenes", "digits"] = "scenes"
     """What to adapt: rendered street scenes, or real handwriting of two sources."""
     seeds: int = 5
-    """Reported seeds: 0, 1, ...; the weights are chosen on another one."""
+    """Reported seeds: 0, 1, ...; the weights are chosen on others."""
     workers: int = os.cpu_count() or 1
     """Processes that train at the same time, one thread each."""
     work: Path | None = None
@@ -230,44 +215,59 @@ def make_task(options: Options, folder: Path) -> Task:
 # Runs
 
 
-def startable(weights: Mapping[str, Sequence[float]], seeds: int, finished: Finished) -> list[Run]:
+def startable(weights: Sequence[float], seeds: int, finished: Finished) -> list[Run]:
     """Every run whose prerequisites are finished, whether it is itself or not; first things first.
 
     Nothing of a reported seed has a say in the choice of weights, but its source model need not
     wait for that choice.
     """
-    sources = [Run(seed, SOURCE_ONLY) for seed in (TUNING_SEED, *range(seeds))]
-    runs = sources[:1]
-    if sources[0] in finished:
-        runs += tuning_runs(weights)
+    runs = [Run(seed, SOURCE_ONLY) for seed in TUNING_SEEDS]
+    runs += [run for run in tuning_runs(weights) if Run(run.seed, SOURCE_ONLY) in finished]
     chosen = choose(weights, finished)
-    runs += sources[1:]
-    for source in sources[1:]:
+    sources = [Run(seed, SOURCE_ONLY) for seed in range(seeds)]
+    runs += sources
+    for source in sources:
         if source in finished:
             runs += [
-                source._replace(row=name, weight=chosen.get(row.method, 0.0))
-                for name, row in ROWS.items()
-                if name != SOURCE_ONLY and (row.method not in weights or row.method in chosen)
+                source._replace(row=name, weight=chosen.get(name, 0.0))
+                for name in ROWS
+                if name != SOURCE_ONLY and (name not in METHODS or name in chosen)
             ]
     return runs
 
 
-def tuning_runs(weights: Mapping[str, Sequence[float]]) -> list[Run]:
-    return [Run(TUNING_SEED, method, weight) for method in METHODS for weight in weights[method]]
+def tuning_runs(weights: Sequence[float]) -> list[Run]:
+    return [
+        Run(seed, method, weight)
+        for seed in TUNING_SEEDS
+        for method in METHODS
+        for weight in weights
+    ]
 
 
-def choose(weights: Mapping[str, Sequence[float]], finished: Finished) -> dict[str, float]:
-    """The weight with the best score on the tuning seed, of methods whose tuning is complete."""
-    chosen = {}
+def tuning_scores(weights: Sequence[float], finished: Finished) -> dict[str, dict[float, float]]:
+    """Mean score over the tuning seeds of each weight, of methods whose tuning is complete."""
+    scores = {}
     for method in METHODS:
-        runs = [run for run in tuning_runs(weights) if run.row == method]
-        if all(run in finished for run in runs):
-            chosen[method] = max(runs, key=lambda run: finished[run]["score"]).weight
-    return chosen
+        grid = {weight: [Run(seed, method, weight) for seed in TUNING_SEEDS] for weight in weights}
+        if all(run in finished for runs in grid.values() for run in runs):
+            scores[method] = {
+                weight: statistics.mean(finished[run]["score"] for run in runs)
+                for weight, runs in grid.items()
+            }
+    return scores
 
 
-def total_runs(weights: Mapping[str, Sequence[float]], seeds: int) -> int:
-    return 1 + len(tuning_runs(weights)) + seeds * len(ROWS)
+def choose(weights: Sequence[float], finished: Finished) -> dict[str, float]:
+    """The weight with the best score, of methods whose tuning is complete."""
+    return {
+        method: max(scores, key=scores.__getitem__)
+        for method, scores in tuning_scores(weights, finished).items()
+    }
+
+
+def total_runs(weights: Sequence[float], seeds: int) -> int:
+    return len(TUNING_SEEDS) + len(tuning_runs(weights)) + seeds * len(ROWS)
 
 
 def train(task: Task, folder: Path, options: Options, console: Console) -> None:
@@ -305,7 +305,7 @@ def claim(folder: Path, task: Task, options: Options) -> None:
         "task": task.name,
         "score": task.score_name,
         "base": task.base,
-        "weights": {method: list(task.weights[method]) for method in METHODS},
+        "weights": list(task.weights),
         "seeds": options.seeds,
         "versions": report.versions(),
     }
@@ -418,17 +418,10 @@ def execute(run: Run) -> dict[str, Any]:
         if row.method is None:
             weights = task.target_statistics(source, run.seed)
         else:
-            weights = task.adapt(
-                source,
-                run.seed,
-                row.method,
-                run.weight,
-                updates=row.updates,
-                lr_multiple=row.lr_multiple,
-            )
+            weights = task.adapt(source, run.seed, row.method, run.weight)
     score, per_class = task.score(weights)
     result: dict[str, Any] = {"run": run, "score": score, "per_class": per_class}
-    if run.seed != TUNING_SEED:
+    if run.seed not in TUNING_SEEDS:
         if row.method is not None:
             # How much is left for the loss when BatchNorm has seen the target anyway.
             with_statistics = task.target_statistics(weights, run.seed)
@@ -462,29 +455,26 @@ def summarize(started_with: Mapping[str, Any], finished: Finished) -> dict[str, 
     """Everything that is reported, as the JSON file holds it."""
     settings = started_with["settings"]
     weights, seeds = settings["weights"], range(settings["seeds"])
-    chosen = choose(weights, finished)
+    chosen, tuned = choose(weights, finished), tuning_scores(weights, finished)
     runs = {
-        name: [finished[Run(seed, name, chosen.get(row.method, 0.0))] for seed in seeds]
-        for name, row in ROWS.items()
+        name: [finished[Run(seed, name, chosen.get(name, 0.0))] for seed in seeds] for name in ROWS
     }
     scores = {name: [result["score"] for result in results] for name, results in runs.items()}
     rows = {name: summarize_row(name, chosen, results) for name, results in runs.items()}
     equalised = {name: row["scores_with_target_statistics"] for name, row in rows.items()}
+    equalised[STATISTICS] = scores[STATISTICS]
     options = ["--task", settings["task"], "--seeds", str(len(seeds))]
     return {
         "question": QUESTION,
         "command": shlex.join(["python", "benchmarks/experiments/ablation.py", *options]),
         **settings,
         "environment": started_with["environment"],
-        "tuning_seed": TUNING_SEED,
+        "tuning_seeds": TUNING_SEEDS,
         "tuning": {
             method: {
-                "weights": weights[method],
-                "scores": [
-                    finished[run]["score"] for run in tuning_runs(weights) if run.row == method
-                ],
+                "scores": [*tuned[method].values()],
                 "chosen": chosen[method],
-                "at_the_edge": chosen[method] in (weights[method][0], weights[method][-1]),
+                "at_the_edge": chosen[method] in (weights[0], weights[-1]),
             }
             for method in METHODS
         },
@@ -493,8 +483,7 @@ def summarize(started_with: Mapping[str, Any], finished: Finished) -> dict[str, 
             {"row": a, "against": b, **difference(scores[a], scores[b])} for a, b in COMPARISONS
         ],
         "differences_with_target_statistics": [
-            {"row": a, "against": CONTROL, **difference(equalised[a], equalised[CONTROL])}
-            for a in ADAPTED
+            {"row": a, "against": b, **difference(equalised[a], equalised[b])} for a, b in EQUALISED
         ],
         "seconds_of_all_runs": sum(result["seconds"] for result in finished.values()),
     }
@@ -511,7 +500,7 @@ def summarize_row(
     shares = mean_per_class(values("share"))
     return {
         **row._asdict(),
-        "weight": chosen.get(row.method),
+        "weight": chosen.get(name),
         "scores": values("score"),
         "mean": statistics.mean(values("score")),
         "per_class": mean_per_class(values("per_class")),
@@ -572,7 +561,7 @@ def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
 def write_csv(summary: Mapping[str, Any], path: Path) -> None:
     """One line for each seed and row."""
     classes = list(summary["rows"][SOURCE_ONLY]["per_class"])
-    header = "seed row method weight updates lr_multiple score with_target_statistics seconds"
+    header = "seed row weight score with_target_statistics seconds"
     with path.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow([*header.split(), *classes])
@@ -585,7 +574,7 @@ def write_csv(summary: Mapping[str, Any], path: Path) -> None:
                     [
                         seed,
                         name,
-                        *(row[key] for key in ("method", "weight", "updates", "lr_multiple")),
+                        row["weight"],
                         *map(short, (*values, *(per_class[c] for c in classes))),
                     ]
                 )
@@ -611,17 +600,15 @@ def markdown(summary: Mapping[str, Any]) -> str:
         results_table(summary),
         "## Step by step",
         steps_table(summary),
-        'The rows named "Multi, …" are about the optimiser: "published" updates backbone tensors '
-        "three or four times per step, all other rows do so once. Their weight is the one chosen "
-        'for "once".',
-        "## What the models do",
-        "Score as it is, and after BatchNorm's statistics were taken from target training images, "
-        "which leaves what the losses taught the weights; mean confidence (%); classes predicted "
-        f"on at least {GIVEN_UP_BELOW}% of the pixels.",
+        "## What the losses teach the weights",
+        "The same after BatchNorm's statistics were taken from target training images in every "
+        "model, so that they explain no difference; mean confidence (%) and classes predicted on "
+        f"at least {GIVEN_UP_BELOW}% of the pixels, of the models as they are.",
         models_table(summary),
         "## Choice of the weights",
-        f"By the labels of the target's validation images, on seed {TUNING_SEED}, which is not "
-        "reported; the same for all methods. Bold: chosen.",
+        "By the labels of the target's validation images, mean of seeds "
+        f"{TUNING_SEEDS[0]} to {TUNING_SEEDS[-1]}, which are not reported; the same for all "
+        "methods. Bold: chosen.",
         tuning_table(summary),
         "## Per class",
         f"{score}, mean over seeds.",
@@ -649,20 +636,24 @@ def results_table(summary: Mapping[str, Any]) -> str:
 
 
 def steps_table(summary: Mapping[str, Any]) -> str:
-    differences, seeds = pairs(summary), summary["seeds"]
+    seeds = summary["seeds"]
+    as_they_are, equalised = pairs(summary), pairs(summary, "differences_with_target_statistics")
     return table(
-        ("", "difference"),
-        [(text, compared(differences[pair], seeds)) for pair, text in STEPS.items()],
+        ("", "as they are", "all with target statistics"),
+        [
+            (text, compared(as_they_are[pair], seeds), compared(equalised[pair], seeds))
+            for pair, text in STEPS.items()
+        ],
     )
 
 
 def models_table(summary: Mapping[str, Any]) -> str:
-    equalised = {d["row"]: d for d in summary["differences_with_target_statistics"]}
+    equalised, seeds = pairs(summary, "differences_with_target_statistics"), summary["seeds"]
     return table(
         (
             "",
-            "mean",
             "with target statistics",
+            "less the source model with them",
             "less source, continued, with them",
             "confidence",
             "classes",
@@ -670,9 +661,9 @@ def models_table(summary: Mapping[str, Any]) -> str:
         [
             (
                 ROWS[name].label,
-                f"{row['mean']:.1f}",
                 number(mean(row["scores_with_target_statistics"]), ".1f"),
-                compared(equalised.get(name), summary["seeds"]),
+                compared(equalised.get((name, STATISTICS)), seeds),
+                compared(equalised.get((name, CONTROL)), seeds),
                 number(row["confidence"], ".1f"),
                 number(row["classes_predicted"], "d"),
             )
@@ -682,21 +673,19 @@ def models_table(summary: Mapping[str, Any]) -> str:
 
 
 def tuning_table(summary: Mapping[str, Any]) -> str:
-    tuning = summary["tuning"]
-    grid = range(1, 1 + max(len(t["weights"]) for t in tuning.values()))
+    weights = summary["weights"]
     return table(
-        ("", *(f"weight {i}: score" for i in grid), "at the edge"),
+        ("", *(f"weight {weight:g}" for weight in weights), "at the edge"),
         [
             (
                 ROWS[method].label,
                 *(
-                    f"{weight:g}: "
-                    + (f"**{value:.2f}**" if weight == t["chosen"] else f"{value:.2f}")
-                    for weight, value in zip(t["weights"], t["scores"], strict=True)
+                    f"**{value:.2f}**" if weight == t["chosen"] else f"{value:.2f}"
+                    for weight, value in zip(weights, t["scores"], strict=True)
                 ),
                 "yes" if t["at_the_edge"] else "no",
             )
-            for method, t in tuning.items()
+            for method, t in summary["tuning"].items()
         ],
     )
 
@@ -712,9 +701,11 @@ def per_class_table(summary: Mapping[str, Any]) -> str:
     )
 
 
-def pairs(summary: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, float]]:
+def pairs(
+    summary: Mapping[str, Any], of: str = "differences"
+) -> dict[tuple[str, str], Mapping[str, float]]:
     """The differences by the rows that they compare."""
-    return {(d["row"], d["against"]): d for d in summary["differences"]}
+    return {(d["row"], d["against"]): d for d in summary[of]}
 
 
 def number(value: float | None, form: str) -> str:
@@ -737,8 +728,8 @@ def plot(summary: Mapping[str, Any]) -> Figure:
     """Scores of all seeds, differences from the source-only model, and the steps between rows."""
     rows, seeds = summary["rows"], summary["seeds"]
     differences = pairs(summary)
-    # Groups are set apart: no target loss, target losses, optimiser.
-    gaps = {SOURCE_ONLY: 0.0, METHODS[0]: 0.5, TRAP[0]: 1.0}
+    # Groups are set apart: without a target loss, with one.
+    gaps = {SOURCE_ONLY: 0.0, METHODS[0]: 0.5}
     places: dict[str, float] = {}
     gap = 0.0
     for line, name in enumerate(rows):
@@ -783,8 +774,6 @@ def plot(summary: Mapping[str, Any]) -> Figure:
 
 def color(row: str) -> str:
     """By group; Okabe and Ito's palette, which colour-blind readers can tell apart."""
-    if row in TRAP:
-        return "#D55E00"
     return "#0072B2" if row in METHODS else "0.35"
 
 
