@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import tyro
-from torch import nn
+from readme_loop import blocks, train
 
 from maxsquare import __version__
 
@@ -19,48 +18,20 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", ROOT / "benchmarks" / "README.md"]
 
 
-def blocks(language: str) -> list[Any]:
+def of_all_pages(language: str) -> list[Any]:
     return [
         pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
         for page in PAGES
-        for number, block in enumerate(
-            re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-        )
+        for number, block in enumerate(blocks(page, language))
     ]
 
 
-class TwoHeads(nn.Module):
-    """Stands for the reader's network: two heads at an eighth of the resolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.final = nn.Conv2d(3, 5, 8, stride=8)
-        self.low = nn.Conv2d(3, 5, 8, stride=8)
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.final(images), self.low(images)
-
-
-@pytest.mark.parametrize("block", blocks("python"))
+@pytest.mark.parametrize("block", of_all_pages("python"))
 def test_a_block_of_python_trains_the_readers_network(block: str) -> None:
-    torch.manual_seed(0)
-    model = TwoHeads()
-    labels = torch.randint(0, 5, (2, 16, 24))
-    labels[:, :3] = 255  # as in the label files of Cityscapes
-    batch = ((torch.rand(2, 3, 16, 24), labels), torch.rand(2, 3, 24, 32))
-    names: dict[str, Any] = {
-        "model": model,
-        "loader": [batch] * 2,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-    }
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    exec(block, names)
-    after = list(model.parameters())
-    assert all(parameter.isfinite().all() for parameter in after)
-    assert not any(map(torch.equal, before, after))
+    train(block)
 
 
-@pytest.mark.parametrize("block", blocks("sh"))
+@pytest.mark.parametrize("block", of_all_pages("sh"))
 def test_a_block_of_shell_names_scripts_and_options_that_exist(block: str) -> None:
     lines = [line.strip() for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     commands = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
