@@ -180,17 +180,20 @@ def warn_of_probabilities(name: str, logits: Tensor, activation: str, from_logit
     else:
         probabilities = inside and bool(((x > 0) & (x < 1)).any())
     if from_logits and probabilities:
-        warnings.warn(
+        said = (
             f"{name} is given what looks like probabilities, and takes logits: leave the "
-            f"{activation} to the loss, or say from_logits=False.",
-            stacklevel=3,
+            f"{activation} to the loss, or say from_logits=False."
         )
     elif not (from_logits or (inside if activation == "sigmoid" else probabilities)):
-        warnings.warn(
+        said = (
             f"{name} with from_logits=False takes probabilities, and is given numbers that are "
-            "none: leave from_logits=True for logits.",
-            stacklevel=3,
+            "none: leave from_logits=True for logits."
         )
+    else:
+        return
+    silence = 'warnings.filterwarnings("ignore", "maxsquare:")'
+    # Seen from here, nn.Module's two wrappers of forward stand before the caller's line.
+    warnings.warn(f"maxsquare: {said} ({silence} silences this.)", stacklevel=6)
 
 
 def can_read(tensor: Tensor) -> bool:

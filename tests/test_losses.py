@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from functools import partial
 from typing import Any
 
@@ -945,6 +947,17 @@ def test_probabilities_given_as_logits_are_noticed_once(member: Member, activati
     with pytest.warns(UserWarning, match="what looks like probabilities"):
         loss(*inputs)
     loss(*inputs)
+
+
+def test_the_notice_points_at_the_call_and_says_how_to_silence_it() -> None:
+    loss = MaxSquareLoss()
+    with pytest.warns(UserWarning, match="silences this") as noticed:
+        loss(probabilities("softmax"))
+    assert noticed[0].filename == __file__
+    (silence,) = re.findall(r"\((warnings\..*\)) silences", str(noticed[0].message))
+    with warnings.catch_warnings():
+        exec(silence)
+        MaxSquareLoss()(probabilities("softmax"))
 
 
 @each_activation
