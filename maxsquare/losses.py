@@ -207,8 +207,8 @@ class IWMaxSquareLoss(_TargetLoss):
         valid: bool (N, *spatial of the result), the pixels that count; None: all.
         labels: integers (N, *spatial of the result). N_{b,c} and N_b are counted from this map
             instead of the prediction; values outside 0..C-1 are not counted. A pixel predicted as a
-            class that the map lacks has weight 1, a thousandfold of the others', as published: leave
-            such pixels out by `valid`, or count from the prediction.
+            class that the map lacks has weight 1, a thousandfold of the others', as published: let
+            `valid` leave such pixels out, or count from the prediction.
 
     Shape:
         A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
@@ -315,8 +315,8 @@ class IWEntropyLoss(_TargetLoss):
         valid: bool (N, *spatial of the result), the pixels that count; None: all.
         labels: integers (N, *spatial of the result). N_{b,c} and N_b are counted from this map
             instead of the prediction; values outside 0..C-1 are not counted. A pixel predicted as a
-            class that the map lacks has weight 1, a thousandfold of the others', as published: leave
-            such pixels out by `valid`, or count from the prediction.
+            class that the map lacks has weight 1, a thousandfold of the others', as published: let
+            `valid` leave such pixels out, or count from the prediction.
 
     Shape:
         A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
