@@ -725,9 +725,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def plot(summary: Mapping[str, Any]) -> Figure:
-    """Scores of all seeds, differences from the source-only model, and the steps between rows."""
+    """Scores of all seeds, gains over the source model, and the steps between rows.
+
+    Differences are shown twice: of the models as they are, and filled with the target's BatchNorm
+    statistics in all of them.
+    """
     rows, seeds = summary["rows"], summary["seeds"]
-    differences = pairs(summary)
+    as_they_are, equalised = pairs(summary), pairs(summary, "differences_with_target_statistics")
     # Groups are set apart: without a target loss, with one.
     gaps = {SOURCE_ONLY: 0.0, METHODS[0]: 0.5}
     places: dict[str, float] = {}
@@ -753,15 +757,23 @@ def plot(summary: Mapping[str, Any]) -> Figure:
 
     for name in rows:
         if name != SOURCE_ONLY:
-            draw_interval(gains, places[name], differences[name, SOURCE_ONLY], color(name))
-    gains.set_xlabel("difference from source only, 95% CI", fontsize=9)
+            gain = as_they_are[name, SOURCE_ONLY]
+            draw_interval(gains, places[name] - 0.15, gain, color(name), "white")
+        if gain := equalised.get((name, STATISTICS)):
+            draw_interval(gains, places[name] + 0.15, gain, color(name))
+    gains.set_xlabel(
+        "gain over the source model, 95% CI\nfilled: both with target statistics", fontsize=9
+    )
 
     for line, pair in enumerate(STEPS):
-        draw_interval(steps, line, differences[pair], color(pair[0]))
+        draw_interval(steps, line - 0.12, as_they_are[pair], color(pair[0]), "white")
+        draw_interval(steps, line + 0.12, equalised[pair], color(pair[0]))
     steps.set_yticks(range(len(STEPS)), [*STEPS.values()], fontsize=9)
     steps.margins(y=0.08)
     steps.invert_yaxis()
-    steps.set_xlabel("difference between two rows, 95% CI", fontsize=9)
+    steps.set_xlabel(
+        "difference between two rows, 95% CI; filled: both with target statistics", fontsize=9
+    )
     for axes in (gains, steps):
         axes.axvline(0, color="0.7", linewidth=1, zorder=0)
     for axes in (dots, gains, steps):
@@ -777,10 +789,19 @@ def color(row: str) -> str:
     return "#0072B2" if row in METHODS else "0.35"
 
 
-def draw_interval(axes: Axes, y: float, difference: Mapping[str, float], color: str) -> None:
+def draw_interval(
+    axes: Axes, y: float, difference: Mapping[str, float], color: str, fill: str | None = None
+) -> None:
     mean, low, high = (difference[key] for key in ("mean", "low", "high"))
     axes.errorbar(
-        mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3, markersize=5
+        mean,
+        y,
+        xerr=[[mean - low], [high - mean]],
+        fmt="o",
+        color=color,
+        markerfacecolor=fill or color,
+        capsize=3,
+        markersize=5,
     )
 
 

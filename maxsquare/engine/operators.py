@@ -247,23 +247,10 @@ class _WeightedSum(torch.autograd.Function):
         return (gradient * z_tangent).flatten(1).sum(1, dtype=ones.dtype), None
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.options = inputs[:4], inputs[4:]
-    _, slope = output
-    ctx.mark_non_differentiable(slope)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, slope)
-
-
-def _backward(ctx: Any, sums_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    gradient = None
-    if sums_grad is not None:
-        gradient = _gradient(sums_grad, *ctx.saved_tensors, *ctx.options)
-    return gradient, *[None] * (3 + len(ctx.options))
-
-
 # Of the operator itself, as compiled and exported programs call it: first derivatives alone.
-torch.library.register_autograd("maxsquare::weighted_sum", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "maxsquare::weighted_sum", _WeightedSum.backward, setup_context=_WeightedSum.setup_context
+)
 
 
 def _gradient(
