@@ -60,9 +60,10 @@ class Numbers:
         if method == "source":
             return {"points": source["points"] + 0.5 * seed}
         distance = abs(GRID.index(weight) - BEST[method])
-        gain = 4 - distance if seed in TUNING_SEEDS else 1 + distance + 0.125 * seed**2
-        if seed == TUNING_SEEDS[0]:  # what one seed says is not what they say together
-            gain = distance
+        gain = 1 + distance + 0.125 * seed**2
+        if seed in TUNING_SEEDS:
+            # What one seed says is not what they say together.
+            gain = distance if seed == TUNING_SEEDS[0] else 8 - 3 * distance
         return {"points": source["points"] + gain + METHODS.index(method)}
 
     def score(self, weights: dict[str, Tensor]) -> tuple[float, dict[str, float | None]]:
