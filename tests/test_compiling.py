@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shlex
 import signal
 import subprocess
+import sys
+import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -58,9 +65,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
-    cpu.library.cache_clear()
+    cpu.LIBRARIES.clear()
     yield tmp_path / "cache" / "maxsquare"
-    cpu.library.cache_clear()
+    cpu.LIBRARIES.clear()
 
 
 @pytest.fixture
@@ -191,11 +198,11 @@ def test_cxx_goes_before_cc_which_goes_before_the_usual_ones(
     monkeypatch.setenv("CXX", "for_cxx")
     assert cpu.library(torch.float32)
     assert [len(each.calls) for each in (cxx, cc, usual)] == [1, 0, 0]
-    cpu.library.cache_clear()
+    cpu.LIBRARIES.clear()
     cxx.write("exit 1")
     assert cpu.library(torch.float32)
     assert [len(each.calls) for each in (cxx, cc, usual)] == [2, 1, 0]
-    cpu.library.cache_clear()
+    cpu.LIBRARIES.clear()
     monkeypatch.delenv("CC")
     monkeypatch.delenv("CXX")
     assert cpu.library(torch.float32)
@@ -214,8 +221,9 @@ def test_cxx_goes_before_cc_which_goes_before_the_usual_ones(
         ('for output; do :; done; echo nonsense > "$output"', "cannot be loaded"),
         ("exit 0", "No such file"),
         ("exec sleep 30", "longer than 0.3 seconds"),
+        (r"printf 'error: \377\n' >&2; exit 1", "error: \ufffd"),
     ],
-    ids=["with an error", "with a reason", "without", "nonsense", "nothing", "endless"],
+    ids=["error", "reason", "no reason", "nonsense", "nothing", "endless", "not a text"],
 )
 def test_a_compiler_that_fails_gives_one_warning_and_the_plain_formula(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch, action: str, told: str
@@ -231,16 +239,15 @@ def test_a_compiler_that_fails_gives_one_warning_and_the_plain_formula(
     assert operators.kernels_for(torch.zeros(1, 2, 3)) is None
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["named", "usual"])
+@pytest.mark.parametrize("named", ["no-such-compiler -O3", 'no-such-compiler "', " ", None])
 def test_no_compiler_gives_one_warning_and_the_plain_formula(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: bool
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str | None
 ) -> None:
-    if named:
-        monkeypatch.setenv("CXX", "no-such-compiler -O3")
-    else:
-        monkeypatch.setenv("PATH", str(tmp_path))
+    if named is not None:
+        monkeypatch.setenv("CXX", named)
+    monkeypatch.setenv("PATH", str(tmp_path))
     (message,) = warnings_of_losses(torch.float32, torch.bfloat16, torch.float64)
-    assert ("no-such-compiler" if named else "there is none") in message
+    assert ("no-such-compiler" if named and named.strip() else "there is none") in message
     assert "apt-get install g++" in message
 
 
@@ -255,18 +262,183 @@ def test_a_cache_folder_that_cannot_be_written_to_is_done_without(
     assert operators.kernels_for(torch.zeros(1, 2, 3)) is cpu
 
 
-def test_a_full_disk_leaves_no_half_a_library(
-    compiler: Compiler, cache: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["write", "rename"])
+def test_a_full_disk_leaves_nothing(
+    compiler: Compiler, cache: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("no space left on device")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    write_bytes = Path.write_bytes
+
+    def write_half(path: Path, content: bytes) -> int:
+        write_bytes(path, content[: len(content) // 2])
+        raise full
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
+        if step == "write":
+            patch.setattr(Path, "write_bytes", write_half)
+        else:
+            patch.setattr(os, "replace", mock.Mock(side_effect=full))
         compiler.load()
-    assert not list(cache.glob("*.so"))
+    assert not list(cache.iterdir())
     compiler.load()
-    assert len(compiler.calls) == 2 and len(list(cache.glob("*.so"))) == 1
+    compiler.load()
+    assert len(compiler.calls) == 2 and len(list(cache.iterdir())) == 1
+
+
+def test_a_library_that_another_user_put_there_is_not_loaded(
+    compiler: Compiler, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.load()
+    (path,) = cache.iterdir()
+    other = os.geteuid() + 1
+    # Only the superuser can give a file away; else this process becomes somebody else.
+    if os.geteuid() == 0:
+        os.chown(path, other, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: other)
+    compiler.load()
+    assert len(compiler.calls) == 2
+    assert path.exists()
+
+
+@pytest.mark.parametrize("folder", ["scratch", "cache"])
+def test_a_folder_from_which_nothing_is_executed_is_done_without(
+    compiler: Compiler, cache: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """As /tmp and /home are mounted on some machines."""
+    load = ctypes.CDLL
+    within = str(cache) if folder == "cache" else tempfile.gettempdir() + "/tmp"
+
+    def load_elsewhere(path: str) -> ctypes.CDLL:
+        if path.startswith(within):
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", load_elsewhere)
+    for calls in (1, 1) if folder == "scratch" else (1, 2):
+        compiler.load()
+        assert len(compiler.calls) == calls
+
+
+def test_a_scratch_folder_that_cannot_be_removed_is_done_without(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on network file systems, where a library in use leaves a file behind."""
+    with monkeypatch.context() as patch:
+        busy = OSError(errno.ENOTEMPTY, "Directory not empty")
+        patch.setattr(os, "rmdir", mock.Mock(side_effect=busy))
+        compiler.load()
+
+
+def test_a_relative_cache_folder_is_not_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cpu.cache_folder() == tmp_path / "home" / ".cache" / "maxsquare"
+
+
+def test_a_user_without_a_home_keeps_nothing(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    before = set(tmp_path.iterdir())
+    compiler.load()
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_threads_that_need_kernels_at_once_wait_for_one_compiler(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.write(f"sleep 0.3\n{compiler.path.read_text().splitlines()[-1]}")
+    monkeypatch.setenv("CXX", str(compiler.path))
+    start = threading.Barrier(4)
+
+    def load(_: int) -> object:
+        start.wait(60)
+        return cpu.library(torch.float32)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(map(id, pool.map(load, range(4))))) == 1
+    assert len(compiler.calls) == 1 and cpu.library(torch.float32)
+
+
+FIRST_LOSS = """
+import os, signal, sys, threading, time, torch, maxsquare
+from maxsquare.engine import cpu
+
+def compute():
+    print(maxsquare.MaxSquareLoss()(torch.eye(2)).item(), bool(cpu.library(torch.float32)))
+
+if sys.argv[1:] == ["disturbed"]:
+    interrupts = []
+    signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
+    thread = threading.Thread(target=compute)
+    thread.start()
+    time.sleep(0.5)
+    if not os.fork():
+        sys.exit()
+    os.kill(0, signal.SIGINT)
+    thread.join()
+    assert interrupts
+else:
+    compute()
+"""
+
+
+class FirstLoss(subprocess.Popen[str]):
+    """A process that computes a loss, and knows no other compiler than this one."""
+
+    def __init__(self, compiler: Compiler, *arguments: str) -> None:
+        super().__init__(
+            # Of Python 3.12, about forks beside threads.
+            [*(sys.executable, "-W", "error", "-W", "ignore:.*fork.*:DeprecationWarning")]
+            + ["-c", FIRST_LOSS, *arguments],
+            env={**os.environ, "CXX": str(compiler.path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def assert_right(self) -> None:
+        output, errors = self.communicate(timeout=120)
+        value, with_kernels = output.split()
+        exact = -0.5 * torch.eye(2, dtype=torch.float64).softmax(1).square().sum(1).mean()
+        assert abs(float(value) - exact) < 1e-6
+        assert with_kernels == "True" and not errors and self.returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_neither_an_interrupt_nor_a_fork_disturbs_a_compiler(compiler: Compiler) -> None:
+    """Control-C goes to all processes at a terminal; a process may go on after it."""
+    compiler.write(f"sleep 1\n{compiler.path.read_text().splitlines()[-1]}")
+    FirstLoss(compiler, "disturbed").assert_right()
+    assert len(compiler.calls) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_killed_compilation_leaves_the_next_process_kernels(
+    compiler: Compiler, cache: Path
+) -> None:
+    action = compiler.path.read_text().splitlines()[-1]
+    begun = compiler.path.with_suffix(".begun")
+    # Half of it is written when the process dies.
+    compiler.write(f'for output; do :; done; echo half > "$output"; touch {begun}; sleep 1; exit 1')
+    killed, beside = FirstLoss(compiler), None
+    while not begun.exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    compiler.write(action)
+    beside = FirstLoss(compiler)
+    killed.kill()
+    killed.communicate()
+    beside.assert_right()
+    (path,) = cache.iterdir()
+    assert path.suffix == ".so"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -485,11 +485,11 @@ def test_every_number_of_threads_and_every_repeat_gives_the_same_bits(
     expected = [bits(case) for case in all_cases]
     for count in (2, 3, 8, 8, 1):
         set_threads(count)
-        cpu.threads.cache_clear()
+        cpu.start_anew()
         for case, values in zip(all_cases, expected, strict=True):
             assert_same_bits(bits(case), values)
         # The caller is one of them.
-        assert bool(cpu.threads()._threads) is (count > 1)
+        assert bool(cpu.HELPERS.threads) is (count > 1)
 
 
 def test_every_place_in_a_batch_gives_the_same_bits() -> None:
@@ -537,7 +537,7 @@ def test_a_forked_process_computes_the_same_bits(
 ) -> None:
     set_threads(3)
     case = large_cases(torch.float32)[0]
-    cpu.threads.cache_clear()
+    cpu.start_anew()
     expected = bits(case) if before else None
     receiver, sender = os.pipe()
     child = os.fork()

@@ -6,8 +6,8 @@ their kernels, and the result is kept in the user's cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
 import hashlib
 import math
 import os
@@ -19,8 +19,9 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -55,9 +56,21 @@ DTYPES = (
 # Compile ------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels for logits of a dtype; None, after a warning, where they cannot be made."""
+    if dtype not in LIBRARIES:
+        with COMPILING:
+            if dtype not in LIBRARIES:
+                LIBRARIES[dtype] = make_library(dtype)
+    return LIBRARIES[dtype]
+
+
+LIBRARIES: dict[torch.dtype, ctypes.CDLL | None] = {}
+# Threads that need the kernels at once wait for one compiler.
+COMPILING = threading.RLock()
+
+
+def make_library(dtype: torch.dtype) -> ctypes.CDLL | None:
     flags = (*FLAGS, "-DDOUBLE") if dtype == torch.float64 else FLAGS
     problem = "there is none"
     for compiler in compilers():
@@ -75,16 +88,19 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         "maxsquare computes slowly on this CPU, as no C++ compiler makes its kernels "
         f"({problem}). Install one (Debian and Ubuntu: apt-get install g++), or name it in the "
         "environment variable CXX.",
-        stacklevel=2,
+        stacklevel=3,
     )
     return None
 
 
 def compilers() -> Iterator[list[str]]:
     """Commands to try: that of CXX or CC, else those that are usual."""
-    named = [os.environ[name] for name in ("CXX", "CC") if os.environ.get(name)]
+    named = [os.environ[name] for name in ("CXX", "CC") if os.environ.get(name, "").strip()]
     for command in named or ("cc", "gcc", "clang"):
-        program, *options = shlex.split(command)
+        try:
+            program, *options = shlex.split(command)
+        except ValueError:  # a quotation mark without its pair
+            program, *options = command.split()
         path = shutil.which(program)
         if path or named:  # one that was named and is not there is a problem to tell
             yield [path or program, *options]
@@ -95,36 +111,63 @@ def load(compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
     key = digest(SOURCE.read_bytes(), repr((compiler, flags)), identity(compiler), processor())
     folder = cache_folder()
     for path in folder.glob(f"cpu-{key}-*.so"):
-        # A damaged library would take the process down with it, so its name has its checksum.
         try:
+            # What another user put there may be anything.
+            if hasattr(os, "geteuid") and path.stat().st_uid not in (0, os.geteuid()):
+                continue
+            # A damaged library would take the process down with it, so its name has its checksum.
             if path.stem.endswith(digest(path.read_bytes())):
                 return ctypes.CDLL(str(path))
             path.unlink()
         except OSError:  # unreadable, or on a file system from which nothing is executed
             continue
-    with tempfile.TemporaryDirectory() as scratch:
+    # Not TemporaryDirectory: a process forked meanwhile would remove it at its end.
+    scratch = tempfile.mkdtemp()
+    try:
         fresh = Path(scratch, "cpu.so")
         subprocess.run(
             [*compiler, *flags, str(SOURCE), "-o", str(fresh)],
             check=True,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=COMPILER_SECONDS,
+            # Control-C is for this process, which may go on after it.
+            start_new_session=True,
         )
-        content = fresh.read_bytes()
-        unique = f".{os.getpid()}-{threading.get_ident()}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / unique).write_bytes(content)
-            os.replace(folder / unique, folder / f"cpu-{key}-{digest(content)}.so")
-        except OSError:  # the next process compiles again
-            pass
+        kept = keep(fresh, folder, key)
+        # Nothing is executed from some folders for temporary files, nor from some home folders.
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(kept))
         return ctypes.CDLL(str(fresh))
+    finally:
+        # A library in use cannot be removed everywhere.
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def keep(fresh: Path, folder: Path, key: str) -> Path:
+    """Where a compiled library is kept; where it is, if the folder does not take it."""
+    content = fresh.read_bytes()
+    kept = folder / f"cpu-{key}-{digest(content)}.so"
+    part = folder / f".{fresh.parent.name}"  # a name that no other process has
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        os.replace(part, kept)
+        return kept
+    except OSError:  # the next process compiles again
+        return fresh
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "maxsquare")
+    for folder in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(folder):  # as the standard of XDG_CACHE_HOME demands
+            return Path(folder, "maxsquare")
+    return Path(os.devnull)  # nobody's home: nothing is kept
 
 
 def identity(compiler: list[str]) -> str:
@@ -340,7 +383,7 @@ def run(operator: str, task: Task, dtype: torch.dtype) -> None:
         task.images * task.chunks,
         task.images * task.length * task.classes // LOGITS_PER_THREAD,
     )
-    futures = [threads().submit(kernel, pointer) for _ in range(helpers - 1)]
+    futures = HELPERS.call(kernel, pointer, helpers - 1)
     done = [kernel(pointer)]
     # A thread that has not begun is not needed any more.
     done += [future.result() for future in futures if not future.cancel()]
@@ -349,12 +392,45 @@ def run(operator: str, task: Task, dtype: torch.dtype) -> None:
     getattr(kernels, f"finish_{operator}")(pointer)
 
 
-@functools.cache
-def threads() -> ThreadPoolExecutor:
-    """Threads that call kernels, which release the interpreter's lock."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="maxsquare")
+class Helpers:
+    """Threads that call kernels, which release the interpreter's lock.
+
+    Unlike those of ThreadPoolExecutor they serve every thread until the process ends, do not delay
+    its end, and hold no lock in which a signal could interrupt them.
+    """
+
+    def __init__(self) -> None:
+        self.calls: SimpleQueue[tuple[Future[int], Any, Any]] = SimpleQueue()
+        self.threads: list[threading.Thread] = []
+
+    def call(self, kernel: Any, pointer: Any, count: int) -> list[Future[int]]:
+        """Have so many threads call a kernel, or as many as there are."""
+        with contextlib.suppress(RuntimeError):  # no more threads can be started
+            while len(self.threads) < min(count, os.cpu_count() or 1):
+                thread = threading.Thread(target=self.work, name="maxsquare", daemon=True)
+                thread.start()
+                self.threads.append(thread)
+        futures: list[Future[int]] = [Future() for _ in range(min(count, len(self.threads)))]
+        for future in futures:
+            self.calls.put((future, kernel, pointer))
+        return futures
+
+    def work(self) -> None:
+        while True:
+            future, kernel, pointer = self.calls.get()
+            if future.set_running_or_notify_cancel():
+                future.set_result(kernel(pointer))
+            del future, kernel, pointer  # else the tensors would live until the next call
+
+
+HELPERS = Helpers()
+
+
+def start_anew() -> None:
+    """A forked process has none of its parent's threads, nor their locks."""
+    global COMPILING, HELPERS
+    COMPILING, HELPERS = threading.RLock(), Helpers()
 
 
 if hasattr(os, "register_at_fork"):
-    # A forked process has none of its parent's threads.
-    os.register_at_fork(after_in_child=threads.cache_clear)
+    os.register_at_fork(after_in_child=start_anew)
