@@ -245,7 +245,8 @@ def cross_entropy(
         align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
         valid: bool, the shape of `labels`; pixels that count.
         ignore_index: a further label that does not count.
-        reduction: "mean" over the pixels that count, "sum", or "none".
+        reduction: "mean" over the pixels that count (of several processes: README.md), "sum", or
+            "none".
         activation: "softmax", or "sigmoid": the binary cross entropy of every channel, whose label
             is whether the pixel's is that channel's class; of a single channel, whether it is 1.
 

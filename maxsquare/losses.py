@@ -137,7 +137,8 @@ class MaxSquareLoss(_TargetLoss):
     Pearson chi-squared divergence C sum_c p_c^2 - 1 of the prediction from uniform.
 
     Args:
-        reduction: "mean" over the valid pixels of the batch, "sum", or "none".
+        reduction: "mean" over the valid pixels of the batch (of several processes: README.md),
+            "sum", or "none".
         scale: "paper", the formula above; "reference", times 1 / C, is what the published code
             computes: the published weights (lambda) belong to it.
         activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
@@ -192,7 +193,8 @@ class IWMaxSquareLoss(_TargetLoss):
         ratio: the exponent a, from -1 to 1: 0 weighs all pixels alike, 1 all classes; 0.2 as
             published. A negative one favours frequent classes (the SYNTHIA runs had -0.2).
         ignore_index: a label that is not counted where `labels` are given.
-        reduction: "mean" over images of the weighted sum over pixels, "sum" over both, or "none".
+        reduction: "mean" over images of the weighted sum over pixels (of several processes:
+            README.md), "sum" over both, or "none".
         scale: "paper", the formula above; "reference", times 2 / C, is what the published code
             computes (it leaves out the half): the published weights (lambda) belong to it.
         activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
@@ -249,7 +251,8 @@ class EntropyLoss(_TargetLoss):
     slope diverges as p -> 1, so that pixels already well classified take most of the gradient.
 
     Args:
-        reduction: "mean" over the valid pixels of the batch, "sum", or "none".
+        reduction: "mean" over the valid pixels of the batch (of several processes: README.md),
+            "sum", or "none".
         scale: "paper", the formula above; "reference", times 1 / C, is what the published code
             computes: the published weights (lambda) belong to it.
         activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
@@ -300,7 +303,8 @@ class IWEntropyLoss(_TargetLoss):
         ratio: the exponent a, from -1 to 1: 0 weighs all pixels alike, 1 all classes; 0.2 as
             published. A negative one favours frequent classes (the SYNTHIA runs had -0.2).
         ignore_index: a label that is not counted where `labels` are given.
-        reduction: "mean" over images of the weighted sum over pixels, "sum" over both, or "none".
+        reduction: "mean" over images of the weighted sum over pixels (of several processes:
+            README.md), "sum" over both, or "none".
         scale: "paper", the formula above; "reference", times 1 / C, is what the published code
             computes: the published weights (lambda) belong to it.
         activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
@@ -360,7 +364,7 @@ class TsallisEntropyLoss(_TargetLoss):
         ratio: None, or the exponent of image-wise weights, from -1 to 1, as in `IWEntropyLoss`.
         ignore_index: a label that is not counted where `labels` are given.
         reduction: "mean" over the valid pixels of the batch (with a ratio, over images of the
-            weighted sum over pixels), "sum", or "none".
+            weighted sum over pixels; of several processes: README.md), "sum", or "none".
         scale: "paper", the formula above; "reference", times 1 / C, the convention of the
             published entropy.
         activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
@@ -412,7 +416,8 @@ class PseudoLabelLoss(_TargetLoss):
 
     Args:
         threshold: t, from 0 to 1; 0.95 as published.
-        reduction: "mean" over the accepted pixels, "sum", or "none" (0 where not accepted).
+        reduction: "mean" over the accepted pixels (of several processes: README.md), "sum", or
+            "none" (0 where not accepted).
         activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
             (z, 0), and C = 2.
         from_logits: whether the input holds logits; False if it holds probabilities.
@@ -457,7 +462,8 @@ class MultiLevelGuidance(_PixelLoss):
 
     Args:
         threshold: t, from 0 to 1; 0.95 as published.
-        reduction: "mean" over the accepted pixels, "sum", or "none" (0 where not accepted).
+        reduction: "mean" over the accepted pixels (of several processes: README.md), "sum", or
+            "none" (0 where not accepted).
         activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
             (z, 0), and C = 2.
         from_logits: whether the input holds logits; False if it holds probabilities.
