@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -63,6 +65,7 @@ class Compiler:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder of a process that has not compiled, and for which none is named."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in ("CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
     cpu.LIBRARIES.clear()
@@ -457,7 +460,46 @@ def test_processes_that_compile_at_once_all_get_kernels(compiler: Compiler, cach
             os._exit(0)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    assert 1 <= len(compiler.calls) <= 3  # a late one finds what the first has made
+    calls = len(compiler.calls)
+    assert 1 <= calls <= 3  # a late one finds what the first has made
     (path,) = cache.iterdir()
     compiler.load()
-    assert 1 <= len(compiler.calls) <= 3  # a late one finds what the first has made
+    assert len(compiler.calls) == calls
+
+
+@pytest.mark.stress
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_processes_killed_at_any_moment_leave_the_others_kernels(
+    compiler: Compiler, compiled: Path, cache: Path, stress_budget: Callable[[float], float]
+) -> None:
+    compiler.write(
+        f'for output; do :; done; head -c 9999 {compiled} > "$output"; sleep 0.1\n'
+        f'cp {compiled} "$output"; sleep 0.1'
+    )
+    moments = random.Random(0)
+
+    def fork() -> int:
+        if child := os.fork():
+            return child
+        signal.alarm(120)
+        try:
+            compiler.load()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    begin = time.monotonic()
+    assert os.waitpid(fork(), 0)[1] == 0
+    duration = time.monotonic() - begin
+    for _ in range(round(stress_budget(20))):
+        next(cache.glob("*.so")).unlink()
+        killed, beside = fork(), fork()
+        time.sleep(moments.uniform(0, 2 * duration))
+        os.kill(killed, signal.SIGKILL)
+        os.waitpid(killed, 0)
+        assert os.waitpid(beside, 0)[1] == 0
+        assert os.waitpid(fork(), 0)[1] == 0
+        (path,) = cache.glob("*.so")
+        assert cpu.digest(path.read_bytes()) in path.name

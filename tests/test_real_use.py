@@ -801,5 +801,5 @@ def test_interrupts_for_long(three_threads: None, stress_budget: Callable[[float
 
 @pytest.mark.stress
 def test_memory_for_long(three_threads: None, stress_budget: Callable[[float], float]) -> None:
-    memory, objects, threads = grow(cases(), round(stress_budget(10_000)))
+    memory, objects, threads = grow(cases(), round(stress_budget(8_000)))
     assert memory < 0.02 * resident_kib() and objects < 100 and threads == 0

@@ -71,6 +71,7 @@ COMPILING = threading.RLock()
 
 
 def make_library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """`library`, by the first compiler that makes it."""
     flags = (*FLAGS, "-DDOUBLE") if dtype == torch.float64 else FLAGS
     problem = "there is none"
     for compiler in compilers():
@@ -416,6 +417,7 @@ class Helpers:
         return futures
 
     def work(self) -> None:
+        """Call, one after the other, what no caller has taken back."""
         while True:
             future, kernel, pointer = self.calls.get()
             if future.set_running_or_notify_cancel():
