@@ -415,15 +415,15 @@ def train_in_threads(all_cases: list[Case], seconds: float, pairs: int = 3) -> i
         while count < len(all_cases) or time.monotonic() < end:
             case = all_cases[chosen.randrange(len(all_cases))]
             leaves = tuple(x.detach().requires_grad_() for x in case[1])
-            graphs.put((case, leaves, case[0](*leaves)))
+            graphs.put((case, leaves, case[0](*leaves)), timeout=120)
             count += 1
-        graphs.put(None)
+        graphs.put(None, timeout=120)
         return count
 
     def backward(_: int) -> int:
         torch.set_num_threads(3)
         count = 0
-        while item := graphs.get():
+        while item := graphs.get(timeout=120):
             case, leaves, value = item
             assert is_right(case, value, torch.autograd.grad(value, leaves, allow_unused=True))
             count += 1
