@@ -376,15 +376,21 @@ LAYOUTS = ("contiguous", "channels_last", "reversed", "strided", "expanded")
 
 
 class Batch(NamedTuple):
-    """Two heads' logits, and the maps that go with them."""
+    """Two heads' logits, and the size and the maps that go with them."""
 
     logits: Tensor
     low_logits: Tensor
     valid: Tensor | None
     labels: Tensor
+    size: tuple[int, int] | None = None
+    align_corners: bool = False
 
     def inputs(self, member: Member) -> tuple[Tensor, ...]:
         return (self.logits, self.low_logits)[: member.heads]
+
+    def call(self) -> dict[str, Any]:
+        """What a loss is called with beside the logits."""
+        return {"size": self.size, "align_corners": self.align_corners, "valid": self.valid}
 
 
 def random_logits(shape: tuple[int, ...], *, seed: int = 0, spread: float = 2.0) -> Tensor:
@@ -432,28 +438,102 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
+KINDS = (
+    "random",
+    "huge",
+    "denormal",
+    "ties",
+    "equal",
+    "one-hot",
+    "masked",
+    "masked pixels",
+    "mixed",
+)
+
+
+def make_peculiar(x: Tensor, kind: str, dtype: torch.dtype, seed: int) -> Tensor:
+    """Logits of a kind that seldom comes by chance, made of random ones."""
+    if kind == "huge":
+        return x.sign() * 1e4
+    if kind == "denormal":
+        return x * torch.finfo(dtype).tiny / 4
+    if kind == "ties":
+        return x.round().clamp(-1, 1)
+    if kind == "equal":
+        return torch.full_like(x, 3)
+    if kind == "one-hot":
+        return (x == x.amax(1, keepdim=True)).to(x) * 100
+    if kind.startswith("masked"):
+        # Some of the classes, of an image or of each pixel; never all of them.
+        one = x if kind == "masked pixels" else x[(..., *[slice(1)] * (x.dim() - 2))]
+        chance = random_valid(one.shape, seed=seed, share=0.4)
+        chance[:, 0] = False
+        return torch.where(chance, -torch.inf, x)
+    if kind == "mixed":
+        generator = torch.Generator().manual_seed(seed)
+        of_pixel = torch.randint(6, (len(x), 1, *x.shape[2:]), generator=generator)
+        for i, other in enumerate(KINDS[1:6]):
+            x = torch.where(of_pixel == i, make_peculiar(x, other, dtype, seed), x)
+    return x
+
+
 @st.composite
-def batches(draw: st.DrawFn, ranks: tuple[int, ...] = (0, 1, 2, 3)) -> Batch:
-    """float64 logits of any rank, layout and spread, with a mask (or none) and labels."""
+def batches(
+    draw: st.DrawFn,
+    ranks: tuple[int, ...] = (0, 1, 2, 3),
+    *,
+    classes: tuple[int, ...] = (2, 3, 5, 19),
+    shortest: int = 1,
+    longest: tuple[int, ...] = (12, 5, 5, 5),
+    largest_size: tuple[int, int] | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float64,),
+    kinds: tuple[str, ...] = ("random",),
+) -> Batch:
+    """Logits of any rank, layout and spread, with a mask (or none) and labels.
+
+    shortest, longest: of a spatial dimension, the latter by rank, and so many pixels without one.
+    largest_size: upsample some batches of images, up to this size.
+    """
     rank = draw(st.sampled_from(ranks))
-    images = draw(st.integers(1, 3 if rank else 12))
-    classes = draw(st.sampled_from([2, 3, 5, 19]))
-    shape = (images, classes, *draw(st.lists(st.integers(1, 5), min_size=rank, max_size=rank)))
+    images = draw(st.integers(shortest, 3 if rank else longest[0]))
+    channels = draw(st.sampled_from(classes))
+    lengths = st.integers(shortest, longest[rank])
+    spatial = draw(st.lists(lengths, min_size=rank, max_size=rank))
+    low_spatial, size, align_corners = spatial, None, False
+    if largest_size and rank == 2 and 0 not in spatial and draw(st.booleans()):
+        height, width = largest_size
+        size = draw(st.tuples(st.integers(1, height), st.integers(1, width)))
+        align_corners = draw(st.booleans())
+        low_spatial = draw(st.sampled_from([spatial, [2, 3]]))
     seed = draw(st.integers(0, 2**16))
+    dtype = draw(st.sampled_from(dtypes))
     spread = draw(st.sampled_from([0.1, 2.0, 20.0]))
+    kind, low_kind = (draw(st.sampled_from(kinds)) for _ in range(2))
+    if kind == "masked" or low_kind.startswith("masked"):
+        # A label of a class that only the low head masks out would cost it an infinity.
+        low_kind = kind if kind == "masked" else "random"
     # Two heads, both certain but of different classes, would tie but for rounding.
     heads = [
-        lay_out(random_logits(shape, seed=seed + i, spread=s), draw(st.sampled_from(LAYOUTS)))
-        for i, s in enumerate((spread, min(spread, 2.0)))
+        lay_out(
+            make_peculiar(
+                random_logits((images, channels, *dims), seed=seed + i, spread=s), k, dtype, seed
+            ).to(dtype),
+            draw(st.sampled_from(LAYOUTS)),
+        )
+        for i, (dims, s, k) in enumerate(
+            ((spatial, spread, kind), (low_spatial, min(spread, 2.0), low_kind))
+        )
     ]
-    map_shape = (images, *shape[2:])
+    result = (images, channels, *(size or spatial))
+    map_shape = (images, *result[2:])
     masks = {
         "none": None,
         "some": random_valid(map_shape, seed=seed),
         "no pixel": torch.zeros(map_shape, dtype=torch.bool),
         "every pixel, expanded": torch.ones((), dtype=torch.bool).expand(map_shape),
     }
-    return Batch(*heads, masks[draw(st.sampled_from(list(masks)))], random_labels(shape, seed=seed))
+    valid = masks[draw(st.sampled_from(list(masks)))]
+    return Batch(*heads, valid, random_labels(result, seed=seed), size, align_corners)
 
 
 @st.composite

@@ -415,6 +415,30 @@ def test_what_is_not_finite_reaches_the_pixels_it_touches_and_no_other(
 
 
 @each_potential
+@each_size
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.float32, torch.int32), (torch.float64, torch.int64)], ids=str
+)
+def test_a_nan_with_digits_of_its_own_is_not_hidden(
+    potential: Potential,
+    size: tuple[int, int] | None,
+    dtype: torch.dtype,
+    bits: torch.dtype,
+) -> None:
+    """Any bits behind the exponent make a NaN; R marks what is missing by 1954."""
+    y = torch.zeros(5, *(size or (5, 6)), dtype=torch.int8)
+    z = random_logits((5, 3, 5, 6)).to(dtype)
+    exponent = torch.tensor(torch.inf, dtype=dtype).view(bits)
+    z[:, 1, 2, 3] = (
+        (exponent + torch.tensor([1, 2, 1954, 2**20 + 1, 2**22 + 5])).to(bits).view(dtype)
+    )
+    case = Case(z, potential, threshold=0.1, size=size, by_class=False)
+    sums, slope = case.weighted_sum(cpu, y)
+    assert sums.isnan().all() and slope.flatten(1).isnan().any(1).all()
+    assert (case.classify(cpu)[1][:, 3] > 0).all()
+
+
+@each_potential
 def test_a_class_masked_out_stays_so_when_upsampled(potential: Potential) -> None:
     # Every second pixel of another class; none of the class that is masked out.
     y = (torch.arange(19 * 23).view(1, 19, 23) % 2 * 3).to(torch.int8)

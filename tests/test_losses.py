@@ -72,14 +72,8 @@ each_image_wise_member = pytest.mark.parametrize("member", IMAGE_WISE, ids=repr)
 def test_value_and_gradient_equal_float64_autograd_of_the_formula(
     member: Member, data: st.DataObject
 ) -> None:
-    batch = data.draw(batches())
-    chosen = data.draw(options(member))
-    call: dict[str, Any] = {"valid": batch.valid}
-    if batch.logits.dim() == 4 and data.draw(st.booleans()):
-        call["size"] = tuple(data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=2)))
-        call["align_corners"] = data.draw(st.booleans())
-        if batch.valid is not None:
-            call["valid"] = random_valid((len(batch.logits), *call["size"]))
+    batch = data.draw(batches(largest_size=(9, 9)))
+    chosen, call = data.draw(options(member)), batch.call()
     loss = member.make(**chosen)
 
     def ours(*inputs: Tensor) -> Tensor:

@@ -62,9 +62,9 @@ struct Task {
 typedef double real;
 typedef int64_t integer;
 typedef uint64_t word;
-static const int LANES = 8, MANTISSA = 52, LOG_TERMS = 11, EXPM1_TERMS = 16;
+static const int LANES = 8, MANTISSA = 52, BIAS = 1023, LOG_TERMS = 11, EXPM1_TERMS = 16;
 static const word ROOT_HALF = 0x3fe6a09e667f3bcd;
-static const real ROUND = 6755399441055744, TINY = 2.2250738585072014e-308;
+static const real ROUND = 6755399441055744 + BIAS, TINY = 2.2250738585072014e-308;
 static const real LOG_TINY = -708.3964185322641;
 // log 2 in two parts, the first with so few digits that its multiples are exact.
 static const real LOG_2 = 0.6931471805592082, LOG_2_REST = 7.371002565167799e-13;
@@ -72,9 +72,9 @@ static const real LOG_2 = 0.6931471805592082, LOG_2_REST = 7.371002565167799e-13
 typedef float real;
 typedef int32_t integer;
 typedef uint32_t word;
-static const int LANES = 16, MANTISSA = 23, LOG_TERMS = 5, EXPM1_TERMS = 9;
+static const int LANES = 16, MANTISSA = 23, BIAS = 127, LOG_TERMS = 5, EXPM1_TERMS = 9;
 static const word ROOT_HALF = 0x3f3504f3;
-static const real ROUND = 12582912, TINY = 1.17549435e-38f, LOG_TINY = -87.336545f;
+static const real ROUND = 12582912 + BIAS, TINY = 1.17549435e-38f, LOG_TINY = -87.336545f;
 static const real LOG_2 = 0.693359375f, LOG_2_REST = -0.00021219444f;
 #endif
 
@@ -114,9 +114,10 @@ INLINE Reals exponential(Reals x) {
     y = y * r + 1.0f;
     y = y * r + 1.0f;
 #endif
-    // The low digits of `shifted` are the integer n, which belongs into the exponent.
-    y = (Reals)((Words)y + ((Words)shifted << MANTISSA));
-    return x < LOG_TINY ? Reals{} : y;
+    // The low digits of `shifted` are those of n + BIAS, the exponent of 2^n. To add n to that of y
+    // would be as fast, but would make a number of a NaN that has low digits.
+    Reals power = (Reals)((Words)shifted << MANTISSA);
+    return x < LOG_TINY ? Reals{} : y * power;
 }
 
 // k log 2 + 2 artanh(s), s = (f - 1) / (f + 1), of a normal x = 2^k f; NaN for NaN.
