@@ -6,9 +6,13 @@ takes its gradient from float64 autograd.
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -100,14 +104,22 @@ def two_sides(x: Tensor, from_logits: bool) -> Tensor:
 
 
 def sides_of_labels(labels: Tensor, classes: int) -> Tensor:
-    """A label map (N, M) as seen by each channel: 0 its own class, 1 another one, -1 neither."""
-    sides = [torch.where(labels == c, 0, 1) for c in range(classes)]
-    counted = (labels >= 0) & (labels < classes)
+    """A label map (N, M) as seen by each channel: 0 its own class, 1 another one, -1 neither.
+
+    The own class of a single channel is 1, the foreground.
+    """
+    own = range(classes) if classes > 1 else [1]
+    sides = [torch.where(labels == c, 0, 1) for c in own]
+    counted = (labels >= 0) & (labels < max(classes, 2))
     return torch.stack([torch.where(counted, side, -1) for side in sides], 1).flatten(0, 1)
 
 
 def log_probabilities(x: Tensor, from_logits: bool) -> Tensor:
-    return x - torch.logsumexp(x, 1, keepdim=True) if from_logits else x.log()
+    if not from_logits:
+        return x.log()
+    # Logits of 1e4 have lost twelve digits behind the point, of which float64 has sixteen.
+    x = x - x.detach().amax(1, keepdim=True) if x.numel() else x
+    return x - torch.logsumexp(x, 1, keepdim=True)
 
 
 def image_weight(counts: Tensor, ratio: float) -> Tensor:
@@ -464,11 +476,12 @@ def make_peculiar(x: Tensor, kind: str, dtype: torch.dtype, seed: int) -> Tensor
     if kind == "one-hot":
         return (x == x.amax(1, keepdim=True)).to(x) * 100
     if kind.startswith("masked"):
-        # Some of the classes, of an image or of each pixel; never all of them.
-        one = x if kind == "masked pixels" else x[(..., *[slice(1)] * (x.dim() - 2))]
-        chance = random_valid(one.shape, seed=seed, share=0.4)
-        chance[:, 0] = False
-        return torch.where(chance, -torch.inf, x)
+        # Some of the classes, of all pixels or of each; never all of them.
+        of_all = (1, x.shape[1], *[1] * (x.dim() - 2))
+        shape = x.shape if kind == "masked pixels" else of_all
+        absent = random_valid(shape, seed=seed, share=0.4)
+        absent[:, 0] = False
+        return torch.where(absent, -torch.inf, x)
     if kind == "mixed":
         generator = torch.Generator().manual_seed(seed)
         of_pixel = torch.randint(6, (len(x), 1, *x.shape[2:]), generator=generator)
@@ -524,7 +537,7 @@ def batches(
             ((spatial, spread, kind), (low_spatial, min(spread, 2.0), low_kind))
         )
     ]
-    result = (images, channels, *(size or spatial))
+    result = (images, max(channels, 2), *(size or spatial))
     map_shape = (images, *result[2:])
     masks = {
         "none": None,
@@ -554,6 +567,32 @@ def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "sigmoid":
         return 0.01 + 0.98 * x.sigmoid()
     return 0.02 / x.shape[1] + 0.98 * x.softmax(1)
+
+
+# --------------------------------------------------------------------------------------------
+# Kernels
+# --------------------------------------------------------------------------------------------
+
+
+def triton_kernels() -> ModuleType | None:
+    """The Triton kernels, without a GPU by Triton's interpreter; None: this Triton has not got it.
+
+    Before 3.4 the kernels do not compile, and before 3.7 the interpreter takes arrays of one
+    element for numbers, which NumPy 2.4 refuses.
+    """
+    on_gpu = torch.cuda.is_available()
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if tuple(map(int, version.split(".")[:2])) < ((3, 4) if on_gpu else (3, 7)):
+        return None
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton asks for it when it is imported, which another module may have done before.
+        os.environ["TRITON_INTERPRET"] = "1"
+        for name in ("triton.language.standard", "triton.language"):
+            importlib.reload(importlib.import_module(name))
+    return importlib.import_module("maxsquare.engine.cuda")
 
 
 # --------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from support import (
     random_labels,
     random_logits,
     random_valid,
+    triton_kernels,
     value_and_gradient,
 )
 from torch import Tensor
@@ -35,15 +36,10 @@ from maxsquare.engine import operators, plain
 from maxsquare.potentials import POWER_FROM_Q, Label, Potential, Tsallis
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Before 3.4 the kernels do not compile, and before 3.7 Triton's interpreter takes arrays of one
-# element for numbers, which NumPy 2.4 refuses.
-triton = pytest.importorskip("triton", minversion="3.4" if DEVICE == "cuda" else "3.7")
-if DEVICE == "cpu":
-    # Triton asks for it when it is imported, which another module may have done before.
-    os.environ["TRITON_INTERPRET"] = "1"
-    for name in ("triton.language.standard", "triton.language"):
-        importlib.reload(importlib.import_module(name))
-cuda = importlib.import_module("maxsquare.engine.cuda")
+cuda = triton_kernels()
+if cuda is None:
+    pytest.skip("needs Triton 3.7, or 3.4 with a GPU", allow_module_level=True)
+triton = importlib.import_module("triton")
 
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 # What numpy has to say of NaN and of infinities when it plays the GPU.
@@ -227,6 +223,27 @@ def test_nothing_beside_the_tensors_is_read_or_written(size: Any) -> None:
         chunks=launch.chunks,
     )
     assert buffer.sum() == inner.sum() + 7.0 * (buffer.numel() - inner.numel())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is not there until used")
+def test_the_slope_of_many_logits_leaves_to_far_places() -> None:
+    """As if there were so many that three times their number takes more than 32 bits."""
+    z, far = logits(1, 2, 2, 2), 2**31 // 3 + 1
+    ones = torch.full((1, 1), 400.0, dtype=z.dtype, device=DEVICE)
+    launch = cuda.Launch([z], (3, 3), True, False, kind=Tsallis(2).kind(), q=2.0)
+    corners = []
+    for distance in (z.numel(), far):
+        slope = torch.empty(3 * distance + z.numel(), dtype=torch.int8, device=DEVICE)
+        maps = [slope[start : start + z.numel()] for start in range(0, len(slope), distance)]
+        for each in maps:
+            each.zero_()
+        launch(
+            cuda._weighted_sum,
+            *(ones, None, None, z.new_empty((1, launch.tiles)), slope, (0,) * 5),
+            *(launch.length, launch.shape, launch.tiles, distance),
+        )
+        corners.append(torch.stack(maps))
+    assert corners[0].any(1).all() and torch.equal(*corners)
 
 
 @each_resolution

@@ -267,9 +267,13 @@ def _weighted_sum(
         real = own < FORM.channels
         below, beside = i + 1 < z_rows[3], j + 1 < z_columns[3]
         tl.store(at, upper_left, mask=real)
-        tl.store(at + slope_size + 1, upper_right, mask=real & beside)
-        tl.store(at + 2 * slope_size + z_columns[3], lower_left, mask=real & below)
-        tl.store(at + 3 * slope_size + z_columns[3] + 1, lower_right, mask=real & below & beside)
+        # Step by step: of large logits twice or three times their number is beyond 32 bits.
+        at += slope_size
+        tl.store(at + 1, upper_right, mask=real & beside)
+        at += slope_size
+        tl.store(at + z_columns[3], lower_left, mask=real & below)
+        at += slope_size
+        tl.store(at + z_columns[3] + 1, lower_right, mask=real & below & beside)
 
 
 # Classes ------------------------------------------------------------------------------------------

@@ -1,0 +1,429 @@
+"""What breaks the losses? Long searches and large tensors, for `pytest -m stress` alone.
+
+Each path that may compute a loss is compared with float64 autograd of its printed formula: the
+CPU kernels, the plain formula (what runs without a compiler), and the Triton kernels (on a GPU,
+else by Triton's interpreter).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from support import (
+    HALF,
+    KINDS,
+    MEMBERS,
+    TOLERANCE,
+    Batch,
+    Member,
+    accumulation_dtype,
+    activate,
+    as_images,
+    assert_within_budget,
+    batches,
+    inputs_of,
+    largest,
+    log_probabilities,
+    map_as_images,
+    options,
+    oracle,
+    resize,
+    sides_of_labels,
+    triton_kernels,
+    two_sides,
+    value_and_gradient,
+)
+from torch import Tensor
+
+from maxsquare import functional
+from maxsquare.engine import cpu, operators
+
+pytestmark = [
+    pytest.mark.stress,
+    # What numpy has to say of NaN and of infinities when it plays the GPU.
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
+    # Some of many logits look like probabilities by chance.
+    pytest.mark.filterwarnings("ignore:.*probabilities:UserWarning"),
+]
+
+DTYPES = (torch.float64, torch.float32, *HALF)
+# Pixels whose classes are further apart than this have the same class on every path.
+DECIDED = 1e-5
+# As the kernels do, where 0 times -inf would be NaN.
+LOWEST_LOGIT = -1e30
+
+each_member = pytest.mark.parametrize("member", MEMBERS, ids=repr)
+Search = Callable[[Callable[[st.DataObject], None], float], None]
+
+
+@pytest.fixture
+def search(request: pytest.FixtureRequest, stress_budget: Callable[[float], float]) -> Search:
+    """search(check, examples): so many examples of a check, other ones for every test."""
+
+    def run(check: Callable[[st.DataObject], None], examples: float) -> None:
+        chosen = settings(
+            max_examples=int(stress_budget(examples)),
+            suppress_health_check=list(HealthCheck),
+        )
+        chosen(seed(zlib.crc32(request.node.name.encode()))(given(st.data())(check)))()
+
+    return run
+
+
+@pytest.fixture(params=["CPU kernels", "plain formula", "Triton kernels"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each path that computes losses, for the length of a test."""
+    take(request.param, monkeypatch)
+    return request.param
+
+
+def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels: ModuleType | None = None
+    if path == "CPU kernels":
+        if not any(cpu.compilers()):
+            pytest.skip("needs a C++ compiler")
+        kernels = cpu
+    if path == "Triton kernels":
+        kernels = triton_kernels()
+        if kernels is None:
+            pytest.skip("needs Triton")
+    monkeypatch.setattr(operators, "kernels_for", lambda z: kernels)
+
+
+def device_of(path: str) -> torch.device:
+    return torch.device("cuda" if path == "Triton kernels" and torch.cuda.is_available() else "cpu")
+
+
+# Against float64 ----------------------------------------------------------------------------------
+
+
+def decided(
+    member: Member, heads: tuple[Tensor, ...], batch: Batch, activation: str, from_logits: bool
+) -> Tensor | None:
+    """The mask of the batch without pixels whose class, or whether they count, is a rounding."""
+    if member.smooth and not member.image_wise:
+        return batch.valid
+    full = [as_images(resize(x, batch.size, batch.align_corners)) for x in heads]
+    channels = full[0].shape[1]
+    if activation == "sigmoid":
+        full = [two_sides(x, from_logits) for x in full]
+    clear = torch.ones_like(full[0][:, 0], dtype=torch.bool)
+    if member.image_wise and batch.size:
+        first, second = full[0].topk(2, 1).values.unbind(1)
+        clear &= first - second > DECIDED * (1 + first.abs())
+    if not member.smooth:
+        p = [log_probabilities(x, from_logits).exp() for x in full]
+        for each in p:
+            clear &= (each.amax(1) - member.threshold).abs() > DECIDED
+        first, second = sum(p).topk(2, 1).values.unbind(1)
+        clear &= first - second > DECIDED
+    if activation == "sigmoid":
+        clear = clear.unflatten(0, (-1, channels)).all(1)
+    clear = clear.reshape(batch.labels.shape)
+    if batch.valid is None:
+        return None if clear.all() else clear
+    return batch.valid & clear
+
+
+def assert_as_good(
+    actual: Tensor, exact: Tensor, plain: Callable[[], Tensor], dtype: torch.dtype, weight: float
+) -> None:
+    """Equal to float64 up to roundings of dtype, else no worse than the formula in dtype.
+
+    A slope is a difference of terms up to 1 times the weight of a pixel: where it is 0 their
+    roundings are left. Nor has dtype smaller numbers than its smallest one.
+    """
+    error = largest(actual.double() - exact)
+    info, wide = torch.finfo(dtype), torch.finfo(accumulation_dtype(dtype))
+    roundings = max(4 * wide.eps * weight, info.tiny * info.eps)
+    if not error <= max(TOLERANCE[dtype] * largest(exact), roundings):
+        assert_within_budget(actual, plain(), exact, dtype)
+
+
+def assert_equals_float64(
+    ours: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    weight: float,
+) -> None:
+    """Value and gradient of a loss of these inputs, of which a pixel has up to this weight."""
+    wide = tuple(x.detach().double().clamp_min(LOWEST_LOGIT) for x in inputs)
+    exact = formula(*wide)
+    upstream = torch.linspace(0.5, 2.0, exact.numel()).view(exact.shape).to(exact.device)
+    results = value_and_gradient(ours, inputs, upstream)
+    exacts = value_and_gradient(formula, wide, upstream)
+    dtype = accumulation_dtype(inputs[0].dtype)
+
+    def plain(which: int | None) -> Tensor:
+        narrow = tuple(x.to(dtype) for x in wide)
+        value, gradients = value_and_gradient(formula, narrow, upstream)
+        return value if which is None else gradients[which]
+
+    assert results[0].dtype == dtype and results[0].shape == exacts[0].shape
+    assert_as_good(results[0], exacts[0], lambda: plain(None), dtype, weight)
+    for i, x in enumerate(inputs):
+        assert results[1][i].dtype == x.dtype and results[1][i].shape == x.shape
+        assert_as_good(results[1][i], exacts[1][i], partial(plain, i), x.dtype, 2 * weight)
+
+
+def weight_of(batch: Batch, reduction: str) -> float:
+    """How much a pixel counts in a loss."""
+    pixels = batch.labels.numel() if batch.valid is None else int(batch.valid.sum())
+    return 1 / max(pixels, 1) if reduction == "mean" else 1
+
+
+def draw_batch(data: st.DataObject, path: str, activation: str, **how: Any) -> Batch:
+    """Tiny for the interpreter, which takes a hundredth of a second for every program."""
+    tiny = path == "Triton kernels" and not torch.cuda.is_available()
+    classes = (2, 3, 5, 19, 130)
+    batch = data.draw(
+        batches(
+            classes=classes if activation == "softmax" else (1, *classes[:-1]),
+            longest=(12, 4, 3, 2) if tiny else (80, 150, 12, 5),
+            largest_size=(4, 5) if tiny else (20, 80),
+            **{"shortest": 0, "dtypes": DTYPES, "kinds": KINDS, **how},
+        )
+    )
+    device = device_of(path)
+    return Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in batch))
+
+
+@each_member
+def test_every_path_equals_float64_autograd_of_the_formula(
+    member: Member, path: str, search: Search
+) -> None:
+    def check(data: st.DataObject) -> None:
+        chosen = data.draw(options(member))
+        if path == "Triton kernels":
+            # The others are the plain formula's.
+            chosen["from_logits"] = True
+            chosen["reduction"] = "sum" if chosen["reduction"] == "none" else chosen["reduction"]
+        activation, from_logits = chosen["activation"], chosen["from_logits"]
+        batch = draw_batch(data, path, activation)
+        inputs = tuple(x.detach() for x in batch.inputs(member))
+        if not from_logits:
+            inputs = tuple(activate(x.double(), activation).to(x.dtype) for x in inputs)
+        heads = tuple(x.double().clamp_min(LOWEST_LOGIT) for x in inputs)
+        mask = decided(member, heads, batch, activation, from_logits)
+        call = {**batch.call(), "valid": mask}
+        if member.image_wise and data.draw(st.booleans()):
+            call["labels"] = batch.labels
+        loss = member.make(**chosen)
+        if data.draw(st.booleans()):
+            loss = partial(member.function, **chosen)
+        assert_equals_float64(
+            lambda *x: loss(*x, **call),
+            lambda *x: oracle(member, x, **chosen, **call),
+            inputs,
+            weight_of(batch, chosen["reduction"]),
+        )
+
+    search(check, 25 if path == "Triton kernels" else 900)
+
+
+def cross_entropy(z: Tensor, labels: Tensor, valid: Tensor, activation: str, reduction: str) -> Any:
+    """By its formula: labels below 0 do not count, nor do those that are not valid."""
+    images, y = as_images(z), map_as_images(labels.where(valid, -1))
+    channels = images.shape[1]
+    if activation == "sigmoid":
+        images, y = two_sides(images, True), sides_of_labels(y, channels)
+    nll = -log_probabilities(images, True).gather(1, y.clamp(min=0)[:, None])[:, 0]
+    terms = torch.where(y >= 0, nll, 0)
+    if reduction != "none":
+        return terms.sum() / ((y >= 0).sum().clamp(min=1) if reduction == "mean" else 1)
+    if activation == "sigmoid":
+        terms = terms.unflatten(0, (-1, channels))
+        return terms[0].t() if z.dim() == 2 else terms.unflatten(2, z.shape[2:])
+    return terms[0] if z.dim() == 2 else terms.unflatten(1, z.shape[2:])
+
+
+def test_cross_entropy_on_every_path_equals_float64_autograd_of_the_formula(
+    path: str, search: Search
+) -> None:
+    def check(data: st.DataObject) -> None:
+        activation = data.draw(st.sampled_from(["softmax", "sigmoid"]))
+        reduction = data.draw(st.sampled_from(["mean", "sum", "none"]))
+        # The label of a class that is masked out costs an infinity.
+        unmasked = tuple(kind for kind in KINDS if not kind.startswith("masked"))
+        batch = draw_batch(data, path, activation, kinds=unmasked)
+        ignore_index = data.draw(st.sampled_from([-1, 0, 255]))
+        integers = [torch.int16, torch.int32, torch.int64]
+        integers += [torch.int8] if batch.logits.shape[1] < 128 else []
+        # In the unsigned ones -1 is 255.
+        integers += [torch.uint8] if ignore_index == 255 else []
+        labels = batch.labels.to(data.draw(st.sampled_from(integers)))
+        counted = (labels != ignore_index) & (batch.labels >= 0)
+        counted = counted if batch.valid is None else counted & batch.valid
+
+        def formula(z: Tensor) -> Tensor:
+            full = resize(z, batch.size, batch.align_corners)
+            return cross_entropy(full, batch.labels, counted, activation, reduction)
+
+        assert_equals_float64(
+            lambda z: functional.cross_entropy(
+                z,
+                labels,
+                **batch.call(),
+                ignore_index=ignore_index,
+                activation=activation,
+                reduction=reduction,
+            ),
+            formula,
+            (batch.logits.detach(),),
+            weight_of(batch, reduction),
+        )
+
+    search(check, 40 if path == "Triton kernels" else 1000)
+
+
+# What is not a number -----------------------------------------------------------------------------
+
+INTEGER_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def not_a_number(dtype: torch.dtype, digits: int) -> Tensor:
+    """A NaN with some of the digits that it may have."""
+    mantissa = round(-math.log2(torch.finfo(dtype).eps))
+    infinity = torch.tensor(math.inf, dtype=dtype).view(INTEGER_OF[dtype.itemsize])
+    return (infinity + 1 + digits % (2**mantissa - 1)).view(dtype)
+
+
+@each_member
+def test_a_pixel_that_is_not_a_number_shows_and_reaches_no_other_image(
+    member: Member, path: str, search: Search
+) -> None:
+    def check(data: st.DataObject) -> None:
+        chosen = {**data.draw(options(member)), "from_logits": True}
+        batch = draw_batch(data, path, chosen["activation"], shortest=1)
+        inputs = tuple(x.detach().clone() for x in batch.inputs(member))
+        if batch.size:
+            # No source pixel is left out, and any may touch a pixel that does not count.
+            size = tuple(
+                max(lengths)
+                for lengths in zip(batch.size, *(x.shape[2:] for x in inputs), strict=True)
+            )
+            batch = batch._replace(size=size, valid=None)
+        loss = partial(member.make(**chosen), **batch.call())
+        clean, clean_gradients = value_and_gradient(loss, inputs)
+
+        head = data.draw(st.sampled_from(inputs))
+        n, c, *pixel = (data.draw(st.integers(0, length - 1)) for length in head.shape)
+        bad = data.draw(st.sampled_from(["a NaN", "infinity", "-infinity at all classes"]))
+        if bad == "a NaN":
+            head[(n, c, *pixel)] = not_a_number(head.dtype, data.draw(st.integers(0, 2**52)))
+        elif bad == "infinity":
+            head[(n, c, *pixel)] = math.inf
+        elif chosen["activation"] == "softmax" and not batch.size:
+            head[(n, slice(None), *pixel)] = -math.inf
+        else:
+            return
+
+        value, gradients = value_and_gradient(loss, inputs)
+        if batch.valid is not None and not batch.valid[(n, *pixel)]:
+            assert same_bits(value, clean) and all(map(same_bits, gradients, clean_gradients))
+            return
+        if value.dim() == 0:
+            assert value.isnan()
+        elif not batch.size:
+            expected = torch.zeros_like(value, dtype=torch.bool)
+            expected[(n, c, *pixel) if chosen["activation"] == "sigmoid" else (n, *pixel)] = True
+            assert torch.equal(value.isnan(), expected)
+        if head.dim() > 2:
+            others = torch.arange(len(head), device=head.device) != n
+            assert all(gradient[others].isfinite().all() for gradient in gradients)
+
+    search(check, 4 if path == "Triton kernels" else 100)
+
+
+# The same bits ------------------------------------------------------------------------------------
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    integer = INTEGER_OF[one.dtype.itemsize]
+    return torch.equal(one.contiguous().view(integer), other.contiguous().view(integer))
+
+
+@each_member
+def test_threads_repeats_and_places_in_a_batch_change_no_bit(
+    member: Member,
+    search: Search,
+    set_threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take("CPU kernels", monkeypatch)
+    # Threads and chunks enough for tiny tensors.
+    monkeypatch.setattr(cpu, "LOGITS_PER_THREAD", 1)
+    monkeypatch.setattr(cpu, "CHUNK_PIXELS", 5)
+
+    def check(data: st.DataObject) -> None:
+        # The others are the plain formula's.
+        chosen = {
+            **data.draw(options(member)),
+            "from_logits": True,
+            "reduction": data.draw(st.sampled_from(["mean", "sum"])),
+        }
+        batch = draw_batch(data, "CPU kernels", chosen["activation"], shortest=1)
+        inputs = tuple(x.detach() for x in batch.inputs(member))
+        labelled = member.image_wise and data.draw(st.booleans())
+
+        def run(images: list[int], **changed: Any) -> tuple[Tensor, ...]:
+            """Value, and gradients of these images as a batch."""
+            call = batch.call()
+            if call["valid"] is not None:
+                call["valid"] = call["valid"][images]
+            if labelled:
+                call["labels"] = batch.labels[images]
+            loss = partial(member.make(**{**chosen, **changed}), **call)
+            value, gradients = value_and_gradient(loss, tuple(x[images] for x in inputs))
+            return value, *gradients
+
+        everyone = list(range(len(inputs[0])))
+        set_threads(1)
+        expected = run(everyone)
+        for threads in (1, 2, 3, 8):
+            set_threads(threads)
+            assert all(map(same_bits, run(everyone), expected))
+        if inputs[0].dim() == 2:
+            return
+        order = data.draw(st.permutations(everyone))
+        _, *gradients = run(order)
+        for gradient, before in zip(gradients, expected[1:], strict=True):
+            assert same_bits(gradient, before[order])
+        # A sum depends on no neighbour.
+        _, *together = run(everyone, reduction="sum")
+        n = data.draw(st.sampled_from(everyone))
+        _, *alone = run([n], reduction="sum")
+        for gradient, before in zip(alone, together, strict=True):
+            assert same_bits(gradient, before[[n]])
+
+    search(check, 60)
+
+
+@pytest.mark.parametrize("size", [None, (251, 302)], ids=["as is", "upsampled"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_member
+def test_every_number_of_threads_gives_the_same_bits_where_each_has_work(
+    member: Member,
+    dtype: torch.dtype,
+    size: tuple[int, int] | None,
+    set_threads: Callable[[int], None],
+) -> None:
+    shape = (2, 19, 33, 41) if size else (2, 19, 120, 126)
+    inputs = tuple(x.detach() for x in inputs_of(member, shape, dtype=dtype))
+    loss = partial(member.make(), size=size)
+    results = []
+    for threads in (1, 2, 3, 8, 8):
+        set_threads(threads)
+        value, gradients = value_and_gradient(loss, inputs)
+        results.append((value, *gradients))
+    for result in results[1:]:
+        assert all(map(same_bits, result, results[0]))
