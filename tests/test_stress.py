@@ -470,7 +470,7 @@ def needs_memory(gib: float) -> None:
 def test_an_image_of_more_than_2_31_pixels_is_that_many_pixels() -> None:
     """The same pixels again and again, of which the formula is known."""
     needs_memory(12)
-    block = random_logits((2**20 + 7,)).to(torch.bfloat16)
+    block = random_logits((2**20 + 8,)).to(torch.bfloat16)
     repeats = 2**31 // len(block) + 1
     z = torch.empty(1, 1, repeats * len(block), dtype=block.dtype)
     assert z.numel() > 2**31
@@ -489,7 +489,8 @@ def test_an_image_of_more_than_2_31_pixels_is_that_many_pixels() -> None:
     assert z.grad is not None and x.grad is not None
     rows = z.grad.view(repeats, -1)
     assert_close(rows[0], x.grad, torch.bfloat16)
-    assert all(torch.equal(row, rows[0]) for row in rows)
+    # Four at once, which is faster.
+    assert all(torch.equal(row, rows[0].view(torch.long)) for row in rows.view(torch.long))
 
 
 @pytest.mark.parametrize("along", ["rows", "columns"])
@@ -497,28 +498,28 @@ def test_a_result_of_more_than_2_31_pixels_is_that_many_pixels(along: str) -> No
     """Logits that change in one direction only: all lines in the other one are alike."""
     needs_memory(4)
     long, wide = 32771, 65537
-    z = random_logits((1, 3, 6, 1))
-    size: tuple[int, int] = (long, wide)
+    line = random_logits((1, 3, 6))
+    # So many lines that not all pixels add up in one place, in float32.
+    z, size = line[..., None].expand(1, 3, 6, 4096), (long, wide)
     image_wise = along == "rows"
     if along == "columns":
         z, size = z.transpose(2, 3), (wide, long)
     assert math.prod(size) > 2**31
 
-    def formula(z: Tensor) -> Tensor:
-        x = z.flatten(2)
-        x = F.interpolate(x, long, mode="linear")
-        counts = class_counts(first_largest(x)[0], torch.ones(long) == 1, 3).double() * wide
+    def formula(line: Tensor) -> Tensor:
+        x = F.interpolate(line, long, mode="linear")
+        y = first_largest(x)
+        counts = class_counts(y[0], y[0] >= 0, 3).double() * wide
         weights = image_weight(counts, 0.2) if image_wise else torch.ones(3).double()
-        terms = -0.5 * x.softmax(1).square().sum(1) * weights[first_largest(x)]
-        return terms.sum() * wide
+        return (-0.5 * x.softmax(1).square().sum(1) * weights[y]).sum() * wide
 
-    exact, (exact_gradient,) = value_and_gradient(formula, (z,))
+    exact, (exact_gradient,) = value_and_gradient(formula, (line,))
     loss = maxsquare.IWMaxSquareLoss if image_wise else maxsquare.MaxSquareLoss
     value, (gradient,) = value_and_gradient(partial(loss(reduction="sum"), size=size), (z.float(),))
-    torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=0)
-    torch.testing.assert_close(
-        gradient.double(), exact_gradient, rtol=0, atol=1e-4 * largest(exact_gradient)
-    )
+    assert_close(value, exact, torch.float32)
+    # One after the other, in float32, add up the thousands of pixels between two logits.
+    gradient = gradient.sum(3 if along == "rows" else 2).double()
+    assert largest(gradient - exact_gradient) < 1e-3 * largest(exact_gradient)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is not there until used")
@@ -548,10 +549,11 @@ def test_many_images_and_many_classes_are_as_many() -> None:
     for z in (many_images, many_classes):
         value, (gradient,) = value_and_gradient(maxsquare.EntropyLoss(), (z,))
         exact, (exact_gradient,) = value_and_gradient(
-            partial(oracle, member_named("entropy")), (z.double(),)
+            lambda *x: oracle(member_named("entropy"), x), (z.double(),)
         )
         assert_close(value, exact, torch.float32)
-        assert_close(gradient, exact_gradient, torch.float32)
+        # So many classes of a pixel add up one after the other, in float32.
+        assert largest(gradient - exact_gradient) < 1e-4 * largest(exact_gradient)
         # One pixel an image, or a class: all weights are 1.
         weighted = maxsquare.IWMaxSquareLoss(ratio=1, reduction="sum")(z)
         assert_close(weighted, maxsquare.MaxSquareLoss(reduction="sum")(z), torch.float32)
@@ -560,15 +562,35 @@ def test_many_images_and_many_classes_are_as_many() -> None:
 # Low precision ------------------------------------------------------------------------------------
 
 
+def errors_of(member: Member, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """The largest error of value and of gradient, in roundings of the largest entry.
+
+    A rounding is half of eps: of float32, which the value is, and of the logits' dtype.
+    """
+    heads = tuple(x.detach() for x in inputs_of(member, (1, 19, 12, 16), dtype=dtype, spread=3.0))
+    wide = tuple(x.double() for x in heads)
+    # Rounded logits tie here and there.
+    batch = Batch(heads[0], heads[-1], None, random_labels(heads[0].shape))
+    valid = decided(member, wide, batch, "softmax", True)
+    exact, exact_gradients = value_and_gradient(lambda *x: oracle(member, x, valid=valid), wide)
+    on_device = None if valid is None else valid.to(device)
+    value, gradients = value_and_gradient(
+        partial(member.make(), valid=on_device), tuple(x.to(device) for x in heads)
+    )
+    pairs = [(value, exact, torch.float32)]
+    # Of two heads the last one learns.
+    pairs += [(gradients[-1], exact_gradients[-1], dtype)]
+    value_error, gradient_error = (
+        largest(ours.cpu().double() - expected) / largest(expected) / torch.finfo(each).eps * 2
+        for ours, expected, each in pairs
+    )
+    return value_error, gradient_error
+
+
 def test_errors_in_low_precision_are_a_few_roundings(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prints a table: the largest error of value / gradient, in roundings.
-
-    A rounding of the value, which is a float32, is half its eps of the value; one of the gradient
-    is half the eps of the logits' dtype of the largest entry, and what is rounded to the nearest
-    number of this dtype may be off by 1.
-    """
+    """Prints the table of the largest errors of value / gradient (see `errors_of`)."""
     paths = [path for path in PATHS if kernels_of(path) is not None]
     narrow = [torch.float32, *HALF]
     columns = [f"{str(dtype)[6:]}, {path}" for dtype in narrow for path in paths]
@@ -576,39 +598,16 @@ def test_errors_in_low_precision_are_a_few_roundings(
     for member in MEMBERS:
         row = [str(member)]
         for dtype in narrow:
-            heads = inputs_of(member, (1, 19, 12, 16), dtype=dtype, spread=3.0)
-            heads = tuple(x.detach() for x in heads)
-            wide = tuple(x.double() for x in heads)
-            # Rounded logits tie here and there.
-            batch = Batch(heads[0], heads[-1], None, random_labels(heads[0].shape))
-            call = {"valid": decided(member, wide, batch, "softmax", True)}
-            exact = value_and_gradient(lambda *x: oracle(member, x, **call), wide)
             for path in paths:
                 take(path, monkeypatch)
-                on_device = [
-                    None if x is None else x.to(device_of(path)) for x in (*call.values(), *heads)
-                ]
-                value, gradients = value_and_gradient(
-                    partial(member.make(), valid=on_device[0]), tuple(on_device[1:])
-                )
-                value_error = roundings(value, exact[0], torch.float32)
-                gradient_error = max(
-                    roundings(ours, expected, dtype)
-                    for ours, expected in zip(gradients, exact[1], strict=True)
-                )
-                # Differences of probabilities near 1 lose the first digits of float32, of which half
-                # precision has none; the interpreter cuts the last digits of bfloat16 off.
-                limit = {torch.float32: 64, torch.float16: 1.1, torch.bfloat16: 1.1}[dtype]
-                cut_off = dtype == torch.bfloat16 and interpreted(path)
-                assert value_error < 16 and gradient_error < (2.1 if cut_off else limit)
+                value_error, gradient_error = errors_of(member, dtype, device_of(path))
                 row.append(f"{value_error:.1f} / {gradient_error:.1f}")
+                # Differences of probabilities near 1 lose the first digits of float32. Rounded to
+                # nearest the error is 1; the interpreter cuts the last digits of bfloat16 off.
+                limit = 64 if dtype == torch.float32 else 1.1
+                if dtype == torch.bfloat16 and interpreted(path):
+                    limit = 2.1
+                assert value_error < 16 and gradient_error < limit
         table.append(row)
     with capsys.disabled():
         print("", *(f"| {' | '.join(row)} |" for row in table), sep="\n")
-
-
-def roundings(actual: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """The largest error, in roundings of the largest entry."""
-    size = largest(exact)
-    error = largest(actual.cpu().double() - exact)
-    return error / (size * torch.finfo(dtype).eps / 2) if size else error
