@@ -81,11 +81,19 @@ def test_tsallis_entropy_tends_to_shannon_entropy_as_q_tends_to_1(spread: float)
     assert distances[0] > 10 * distances[2] > 100 * distances[4]
 
 
-@pytest.mark.parametrize("gap", [1e-3, 1e-5, 1e-7])
-def test_tsallis_entropy_in_float32_keeps_its_digits_as_q_tends_to_1(gap: float) -> None:
-    logits = random_logits((2, 5, 4, 3))
-    exact = TsallisEntropyLoss(1 + gap)(logits)
-    assert_close(TsallisEntropyLoss(1 + gap)(logits.float()), exact, torch.float32)
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("gap", [1e-3, 1e-5, 1e-7, 1e-9, 3e-16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tsallis_entropy_in_float32_keeps_its_digits_as_q_tends_to_1(
+    gap: float, sign: int, dtype: torch.dtype
+) -> None:
+    """As float32 the last of these are 1."""
+    loss = TsallisEntropyLoss(1 + sign * gap)
+    logits = random_logits((2, 5, 4, 3)).to(dtype)
+    exact, (exact_gradient,) = value_and_gradient(loss, (logits.double(),))
+    value, (gradient,) = value_and_gradient(loss, (logits,))
+    assert_close(value, exact, torch.float32)
+    assert_close(gradient, exact_gradient, dtype)
 
 
 @pytest.mark.parametrize("q", [0.01, 0.05, 0.3])

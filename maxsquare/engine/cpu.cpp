@@ -391,7 +391,9 @@ OUTLINE static void write_pixels(const Task &task, int64_t n, int64_t pixel, int
 template <int KIND, bool SLOPED>
 INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, Reals w, Integers y) {
     const int64_t end = task.classes * tile;
-    const real q = (real)task.q, shift = (real)task.shift, factor = 1 / (q - 1);
+    // Of q itself single precision may have lost all that tells it from 1.
+    const real q = (real)task.q, excess = (real)(task.q - 1), factor = 1 / excess;
+    const real shift = (real)task.shift;
     Reals m = load(x), Z = Reals{}, total = Reals{};
     for (int64_t c = tile; c < end; c += tile) {
         Reals z = load(x + c);
@@ -413,11 +415,11 @@ INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, R
     if (KIND == POWER || KIND == NEAR_ONE)
         for (int64_t c = 0; c < end; c += tile) {
             Reals p = load(e + c) * scale, log_p = load(x + c) - m - log_Z, t;
-            if (KIND == POWER) t = p * exponential((q - 1) * log_p) * shift;
+            if (KIND == POWER) t = p * exponential(excess * log_p) * shift;
             if (KIND == NEAR_ONE) {
-                t = p * exponential_less_1((q - 1) * at_least(log_p, LOG_TINY)) * factor;
+                t = p * exponential_less_1(excess * at_least(log_p, LOG_TINY)) * factor;
                 // Where p has been rounded away, p^q is still something.
-                if (q < 1) t = p < TINY ? exponential(q * log_p) * factor : t;
+                if (excess < 0) t = p < TINY ? exponential(q * log_p) * factor : t;
             }
             total += t;
             store(x + c, t);
