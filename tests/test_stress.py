@@ -254,6 +254,49 @@ def test_every_path_equals_float64_autograd_of_the_formula(
     search(check, 8 if path == "Triton kernels" else 620)
 
 
+def tsallis(z: Tensor, q: float) -> Tensor:
+    """S_q of every pixel, with the digits that the definition loses near q = 1."""
+    log_p = log_probabilities(z, True)
+    if q == 1:
+        return -(log_p.exp() * log_p).sum(1)
+    t = log_p.exp() * torch.expm1((q - 1) * log_p.clamp(min=-700))
+    # p^q is something even where p has been rounded away.
+    return -torch.where(log_p < -700, (q * log_p).exp(), t).sum(1) / (q - 1)
+
+
+def test_tsallis_entropy_of_any_q_on_every_path_equals_float64_autograd_of_the_formula(
+    path: str, search: Search
+) -> None:
+    near = st.sampled_from([-1, 1]).flatmap(
+        lambda sign: st.floats(-16, -1).map(lambda digits: 1 + sign * 10**digits)
+    )
+    far = st.floats(-30, 38).map(lambda digits: 10.0**digits)
+    special = st.sampled_from([1, 2, 1.5, math.nextafter(1.5, 0), 3, 3e38])
+
+    def check(data: st.DataObject) -> None:
+        q = data.draw(near | far | special)
+        # A class that is certain to be absent costs p^0, were q 0.
+        finite = tuple(kind for kind in KINDS if not kind.startswith("masked"))
+        batch = draw_batch(data, path, "softmax", kinds=finite, shortest=1)
+        batch = batch._replace(valid=None)
+        reduction = (
+            "sum" if path == "Triton kernels" else data.draw(st.sampled_from(["sum", "none"]))
+        )
+
+        def formula(z: Tensor) -> Tensor:
+            terms = tsallis(resize(z, batch.size, batch.align_corners), q)
+            return terms.sum() if reduction == "sum" else terms
+
+        assert_equals_float64(
+            partial(maxsquare.TsallisEntropyLoss(q, reduction=reduction), **batch.call()),
+            formula,
+            (batch.logits.detach(),),
+            weight_of(batch, reduction) * batch.logits.shape[1],
+        )
+
+    search(check, 20 if path == "Triton kernels" else 620)
+
+
 def cross_entropy(z: Tensor, labels: Tensor, valid: Tensor, activation: str, reduction: str) -> Any:
     """By its formula: labels below 0 do not count, nor do those that are not valid."""
     images, y = as_images(z), map_as_images(labels.where(valid, -1))
