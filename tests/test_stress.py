@@ -251,7 +251,7 @@ def test_every_path_equals_float64_autograd_of_the_formula(
             weight_of(batch, chosen["reduction"]),
         )
 
-    search(check, 8 if path == "Triton kernels" else 620)
+    search(check, 4 if path == "Triton kernels" else 540)
 
 
 def tsallis(z: Tensor, q: float) -> Tensor:
@@ -279,9 +279,9 @@ def test_tsallis_entropy_of_any_q_on_every_path_equals_float64_autograd_of_the_f
         finite = tuple(kind for kind in KINDS if not kind.startswith("masked"))
         batch = draw_batch(data, path, "softmax", kinds=finite, shortest=1)
         batch = batch._replace(valid=None)
-        reduction = (
-            "sum" if path == "Triton kernels" else data.draw(st.sampled_from(["sum", "none"]))
-        )
+        # Terms of single pixels are the plain formula's.
+        reductions = ["sum"] if path == "Triton kernels" else ["sum", "none"]
+        reduction = data.draw(st.sampled_from(reductions))
 
         def formula(z: Tensor) -> Tensor:
             terms = tsallis(resize(z, batch.size, batch.align_corners), q)
@@ -294,7 +294,7 @@ def test_tsallis_entropy_of_any_q_on_every_path_equals_float64_autograd_of_the_f
             weight_of(batch, reduction) * batch.logits.shape[1],
         )
 
-    search(check, 20 if path == "Triton kernels" else 620)
+    search(check, 10 if path == "Triton kernels" else 540)
 
 
 def cross_entropy(z: Tensor, labels: Tensor, valid: Tensor, activation: str, reduction: str) -> Any:
@@ -349,7 +349,7 @@ def test_cross_entropy_on_every_path_equals_float64_autograd_of_the_formula(
             weight_of(batch, reduction),
         )
 
-    search(check, 20 if path == "Triton kernels" else 620)
+    search(check, 10 if path == "Triton kernels" else 540)
 
 
 # What is not a number -----------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_a_pixel_that_is_not_a_number_shows_and_reaches_no_other_image(
             others = torch.arange(len(head), device=head.device) != n
             assert all(gradient[others].isfinite().all() for gradient in gradients)
 
-    search(check, 2 if path == "Triton kernels" else 40)
+    search(check, 1 if path == "Triton kernels" else 40)
 
 
 # The same bits ------------------------------------------------------------------------------------
@@ -476,7 +476,7 @@ def test_threads_repeats_and_places_in_a_batch_change_no_bit(
 
 
 @pytest.mark.parametrize("size", [None, (251, 302)], ids=["as is", "upsampled"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_member
 def test_every_number_of_threads_gives_the_same_bits_where_each_has_work(
     member: Member,
