@@ -459,7 +459,8 @@ def test_threads_repeats_and_places_in_a_batch_change_no_bit(
         for threads in (1, 2, 3, 8):
             set_threads(threads)
             assert all(map(same_bits, run(everyone), expected))
-        if inputs[0].dim() == 2:
+        # Weights of images have powers in them, by PyTorch, whose last bit depends on the place.
+        if inputs[0].dim() == 2 or member.image_wise:
             return
         order = data.draw(st.permutations(everyone))
         _, *gradients = run(order)
