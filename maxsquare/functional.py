@@ -413,9 +413,12 @@ def _mean_weights(counted: Tensor | int, z: Tensor, reduction: str, factor: floa
 
 def _class_weights(counts: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
     """(N, C + 1) counts -> (N, C) weights 1 / max(N_c^a N^(1-a), 1), all 1 where N is 0."""
-    n = counts[..., :-1].to(engine.accumulation_dtype(dtype))
+    # The last bit of a power depends on its place in the tensor: rounded from float64 it does not.
+    on_mps = counts.device.type == "mps"  # which has no float64
+    n = counts[..., :-1].to(torch.float32 if on_mps else torch.float64)
     total = n.sum(1, keepdim=True)
-    return 1 / torch.where(total > 0, n**ratio * total ** (1 - ratio), 1).clamp_min(1)
+    weights = 1 / torch.where(total > 0, n**ratio * total ** (1 - ratio), 1).clamp_min(1)
+    return weights.to(engine.accumulation_dtype(dtype))
 
 
 def _label_classes(

@@ -125,6 +125,13 @@ def test_image_wise_terms_are_the_plain_terms_times_the_image_weights(
     assert_close(functional.max_square(batch.logits, ratio=ratio, **call), weights * plain)
 
 
+def test_image_weights_of_an_image_have_the_same_bits_in_every_place_of_a_batch() -> None:
+    logits = random_logits((38, 3, 9)).float()
+    together = functional.image_weights(logits, ratio=0.7)
+    alone = [functional.image_weights(one, ratio=0.7) for one in logits.split(1)]
+    assert torch.equal(together, torch.cat(alone))
+
+
 def test_image_weights_are_constants_for_the_gradient() -> None:
     logits = random_logits((2, 4, 5, 6)).requires_grad_()
     assert not functional.image_weights(logits).requires_grad

@@ -459,8 +459,9 @@ def test_threads_repeats_and_places_in_a_batch_change_no_bit(
         for threads in (1, 2, 3, 8):
             set_threads(threads)
             assert all(map(same_bits, run(everyone), expected))
-        # Weights of images have powers in them, by PyTorch, whose last bit depends on the place.
-        if inputs[0].dim() == 2 or member.image_wise:
+        # The last bit of PyTorch's powers, which image weights have, depends on the place.
+        powers_in_float64 = member.image_wise and inputs[0].dtype == torch.float64
+        if inputs[0].dim() == 2 or powers_in_float64:
             return
         order = data.draw(st.permutations(everyone))
         _, *gradients = run(order)
