@@ -55,7 +55,9 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return report.exit_code(lambda: run(report.command_line(Options, arguments), Console()))
+    return report.exit_code(
+        lambda: run(report.command_line(Options, arguments), report.PlainConsole())
+    )
 
 
 def run(options: Options, console: Console) -> None:

@@ -53,6 +53,17 @@ CONTROL = "source"  # the method
 STATISTICS = "target-statistics"
 # How many target training images BatchNorm statistics are taken from.
 STATISTICS_IMAGES = 60
+# What a checkpoint of a stage holds, beside what it must have been written with.
+SAVED = {
+    "settings": dict,
+    "step": int,
+    "seconds": float,
+    "confusion": torch.Tensor | None,
+    "best": dict | None,
+    "source_validation": list,
+    "model": dict,
+    "random": dict,
+}
 # Streams of random numbers for the order of images.
 SOURCE_STREAM, TARGET_STREAM, STATISTICS_STREAM = range(3)
 # Where several machines meet, and which of them this one is.
@@ -80,10 +91,10 @@ class Job:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     def script() -> None:
-        console = Console()
+        console = report.PlainConsole()
         settings = parse(arguments)
         if settings.list_presets:
-            console = Console(width=max(console.width, PRESETS_WIDTH))
+            console = report.PlainConsole(width=max(console.width, PRESETS_WIDTH))
             console.print(report.presets_table(PRESETS))
             console.print(*NOTES, sep="\n", highlight=False)
         elif settings.check_data:
@@ -227,7 +238,8 @@ def train(
         network.to(memory_format=torch.channels_last)
     model, stepper = fabric.setup(torch.compile(network) if s.compile else network, optimizer)
     if "optimizer" in state:  # momentum goes where the weights are, so only now
-        optimizer.load_state_dict(state["optimizer"])
+        with checkpoint.restoring(folder / "last.pt"):
+            optimizer.load_state_dict(state["optimizer"])
     model.train()
 
     with report.progress_bar(job.console) as progress:
@@ -324,10 +336,11 @@ def begin(
     }
     if resumes(s, folder):
         expect = {entry: state[entry] for entry in ("stage", "network", "classes")}
-        needs = (*state, "model", "random", *(() if name == STATISTICS else ("optimizer",)))
+        needs = SAVED if name == STATISTICS else SAVED | {"optimizer": dict}
         state = checkpoint.load(folder / "last.pt", expect=expect, needs=needs)
-        network.load_state_dict(state["model"])
-        checkpoint.restore_random_state(state["random"])
+        with checkpoint.restoring(folder / "last.pt"):
+            network.load_state_dict(state["model"])
+            checkpoint.restore_random_state(state["random"])
     elif start is not None:
         network.load_state_dict(start)
     elif s.init is not None:

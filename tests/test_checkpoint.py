@@ -139,9 +139,11 @@ def test_a_checkpoint_of_another_run_is_refused(
 
 def test_a_checkpoint_without_a_needed_entry_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "last.pt", STATE)
-    assert checkpoint.load(tmp_path / "last.pt", needs=["model", "step"])["step"] == 3
+    assert checkpoint.load(tmp_path / "last.pt", needs={"model": dict, "step": int})["step"] == 3
     with pytest.raises(UserError, match=r"last\.pt is no checkpoint .* no entry 'random'"):
-        checkpoint.load(tmp_path / "last.pt", needs=["model", "random"])
+        checkpoint.load(tmp_path / "last.pt", needs={"model": dict, "random": dict})
+    with pytest.raises(UserError, match=r"last\.pt is no checkpoint .* entry 'step' is a int"):
+        checkpoint.load(tmp_path / "last.pt", needs={"step": str})
 
 
 def test_the_random_state_survives_a_checkpoint(tmp_path: Path) -> None:

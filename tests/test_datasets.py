@@ -380,7 +380,7 @@ def test_check_data_reports_what_is_there(trees: Path) -> None:
         Image.fromarray(ids).save(root / "labels" / f"{number}.png")
     (root / "labels" / "00002.png").rename(root / "labels" / "odd.png")
     shutil.copy(root / "images" / "00002.png", root / "images" / "odd.png")
-    (root / "list" / "train.txt").write_text("00001 00002 00003 00004 00005")
+    (root / "list" / "train.txt").write_text("00001\n00002\n00003\n00004\n00005\n")
     calls: list[tuple[int, int]] = []
     dataset = datasets.open_dataset("gta5", root, "train", allow_missing=True)
     report = datasets.check_data(dataset, lambda done, total: calls.append((done, total)))

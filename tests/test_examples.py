@@ -283,7 +283,7 @@ def test_missing_or_damaged_shipped_model_is_named(
     elif damage == "foreign":
         shipped.write_text("version https://git-lfs.github.com/spec/v1")
     elif damage == "other shapes":
-        checkpoint.export(shipped, {"model": deeplab.deeplab_small(5).state_dict()}, {})
+        checkpoint.export(shipped, deeplab.deeplab_small(5).state_dict(), {})
     before = files(tmp_path)
     monkeypatch.setattr(train_uda, "SHIPPED", shipped)
     assert train(tmp_path / "run", data_root, "--source-steps", "0") == 2

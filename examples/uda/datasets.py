@@ -16,28 +16,35 @@ Layouts (`kind`, then what lies under `root`):
 
 A list file restricts a split to the names in it, one a line: list/{split}.txt (gta5, synthia),
 List/{train,test}.txt (cross-city), or city_list/{split}.txt beside the Cityscapes folder.
+
+Images are PNG or JPEG files, turned upright as their EXIF data say, without their transparency.
+Labels are PNG files that hold ids as grey values, as palette indices, or in the red channel of
+16-bit colours. Linked files and folders are read like others, hidden ones are not.
 """
 
 from __future__ import annotations
 
 import colorsys
-import json
+import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as transforms
 
 from uda.errors import UserError
+from uda.files import LARGEST_JSON, LARGEST_LIST, parse_json, read_text
 
 Kind = Literal["gta5", "synthia", "cityscapes", "cross-city", "folder"]
 Augmentation = Literal["flip", "published"]
@@ -51,8 +58,13 @@ IMAGENET_STD_RGB = (0.229, 0.224, 0.225)
 
 # The value of "not counted" in the 8-bit label images between file and sample (there: -1).
 _IGNORED = 255
-# What Pillow raises about a file, or about the size that its header claims.
-_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# The class numbers that this leaves.
+MOST_CLASSES = 255
+_LONGEST_NAME = 100  # characters
+# A file of kilobytes can claim any size: Pillow refuses pictures of more than twice this number of
+# pixels, and only warns of smaller ones.
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 
 
@@ -175,13 +187,15 @@ class SegmentationDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         image_path, label_path = self.pairs[index]
         picture = _read_image(image_path)
-        height, width = self.size or (picture.height, picture.width)
+        own_width, own_height = picture.size
+        height, width = self.size or (own_height, own_width)
         # PIL to PIL: the published numbers come from Pillow's resampling of 8-bit images.
         picture = transforms.resize(picture, [height, width], InterpolationMode.BICUBIC)
         if label_path is None:
             classes = np.full((height, width), _IGNORED, dtype=np.uint8)
         else:
             classes = self.read_labels(label_path)
+            _refuse_sideways(self.pairs[index], (own_height, own_width), classes.shape)
             if not self.full_labels:
                 resized = transforms.resize(
                     Image.fromarray(classes), [height, width], InterpolationMode.NEAREST
@@ -208,7 +222,7 @@ class SegmentationDataset(Dataset[Sample]):
         classes = {train_id: c for c, train_id in enumerate(self.space.train_ids)}
         for file_id, train_id in self._ids.items():
             table[file_id] = classes.get(train_id, _IGNORED)
-        file_ids = np.minimum(_read_ids(path).astype(np.int32), 256)
+        file_ids = np.minimum(_read_ids(path).astype(np.uint16), 256)
         found = table[file_ids]
         if (found < 0).any():
             unknown = sorted(set(file_ids[found < 0].tolist()))
@@ -415,19 +429,22 @@ def _folder_space(root: Path, classes: int, labels: bool) -> tuple[LabelSpace, M
             )
         return LABEL_SPACES[classes], {}
     try:
-        entries = {
-            int(file_id): name
-            for file_id, name in json.loads(path.read_text(encoding="utf-8")).items()
-        }
+        content = parse_json(read_text(path, LARGEST_JSON))
+        entries = {int(file_id): name for file_id, name in content.items()}
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"{path} is not a JSON object from label id to class name or null ({error}): repair it."
         ) from error
-    if not all(0 <= i < 256 and isinstance(name, str | None) for i, name in entries.items()):
+    if len(entries) < len(content):
+        raise UserError(f"{path} has two entries for one label id: remove one of them.")
+    if not all(0 <= i < 256 and _names_class(name) for i, name in entries.items()):
         raise UserError(
-            f"{path} must map ids from 0 to 255 to class names or null: repair the other entries."
+            f"{path} must map ids from 0 to 255 to class names (up to {_LONGEST_NAME} printable "
+            "characters) or null: repair the other entries."
         )
     names = tuple(dict.fromkeys(name for name in entries.values() if name is not None))
+    if len(names) > MOST_CLASSES:
+        raise UserError(f"{path} names {len(names)} classes, more than {MOST_CLASSES}: join some.")
     if len(names) != classes:
         raise UserError(
             f"{path} names {len(names)} classes, but {classes} were asked for: make them agree."
@@ -438,28 +455,58 @@ def _folder_space(root: Path, classes: int, labels: bool) -> tuple[LabelSpace, M
     return LabelSpace(names, colors, (*range(len(names)),)), ids
 
 
+def _names_class(name: object) -> bool:
+    if isinstance(name, str):
+        return 0 < len(name) <= _LONGEST_NAME and name.isprintable()
+    return name is None
+
+
 def _color(c: int, classes: int) -> tuple[int, int, int]:
     red, green, blue = colorsys.hsv_to_rgb(c / classes, 0.7, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _listed(path: Path) -> list[str] | None:
+    if not os.path.lexists(path):
+        return None
+    if not path.is_file():
+        raise UserError(f"The list file {path} is no file: restore what it links to, or remove it.")
     try:
-        return path.read_text(encoding="utf-8").split() if path.is_file() else None
-    except UnicodeDecodeError as error:
+        lines = read_text(path, LARGEST_LIST).split("\n")
+    except ValueError as error:
         raise UserError(_unreadable("list file", path, error)) from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _images(folder: Path, split: str | None = None) -> list[Path]:
     if not folder.is_dir():
         part = "" if split is None else f" and split {split!r}"
         raise UserError(f"The data folder {folder} does not exist: check --data-root{part}.")
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+    found, todo, seen = [], [folder], dict[str, Path]()
+    while todo:
+        parent = todo.pop()
+        # Links may lead in circles, and to one folder on many ways.
+        first = seen.setdefault(os.path.realpath(parent), parent)
+        if first != parent:
+            raise UserError(f"{parent} and {first} are one folder: remove the link to it.")
+        for entry in os.scandir(parent):
+            # Not ._x.png, which macOS writes beside x.png, nor Jupyter's .ipynb_checkpoints.
+            if entry.name.startswith("."):
+                continue
+            path = parent / entry.name
+            if entry.is_dir():
+                todo.append(path)
+            elif path.suffix.lower() in _IMAGE_SUFFIXES:
+                if not os.path.isfile(path):
+                    raise UserError(f"{path} is no file: restore what it links to, or remove it.")
+                found.append(path)
+    return sorted(found)
 
 
 def _refuse_absent(paths: Sequence[Path], list_file: Path) -> None:
     for path in paths:
-        if not path.is_file():
+        # Unlike the method of Path also of a name that is too long for a file.
+        if not os.path.isfile(path):
             raise UserError(
                 f"{list_file} lists {path}, which does not exist: restore the image or edit "
                 "the list."
@@ -478,35 +525,72 @@ def _refuse_missing(pairs: Sequence[Pair]) -> None:
 
 
 def _missing(pairs: Sequence[Pair]) -> list[Pair]:
-    return [pair for pair in pairs if pair[1] is None or not pair[1].is_file()]
+    return [pair for pair in pairs if pair[1] is None or not os.path.isfile(pair[1])]
+
+
+def _refuse_sideways(pair: Pair, size: tuple[int, ...], label_size: tuple[int, ...]) -> None:
+    """Refuse labels that were made for the image before or after a quarter turn.
+
+    Other sizes are brought together by resizing.
+    """
+    if size == label_size[::-1] != label_size:
+        raise UserError(
+            f"{pair[0]} and its labels {pair[1]} lie across each other: turn one of the two."
+        )
+
+
+@contextmanager
+def _opened(what: str, path: Path, *formats: str) -> Iterator[Image.Image]:
+    """An image file of one of some formats; all that is wrong with it becomes a UserError."""
+    try:
+        # Of Pillow's other decoders some run programs, such as Ghostscript.
+        with Image.open(path, formats=formats) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        wanted = ValueError(f"it is no {' or '.join(formats)} file")
+        raise UserError(_unreadable(what, path, wanted)) from error
+    # A damaged byte can make a decoder run into anything.
+    except Exception as error:
+        raise UserError(_unreadable(what, path, error)) from error
 
 
 def _read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except _DAMAGED as error:
-        raise UserError(_unreadable("image", path, error)) from error
+    with _opened("image", path, "PNG", "JPEG") as image:
+        if image.mode.startswith("I"):
+            raise ValueError("its grey values have 16 bits, not 8")
+        ImageOps.exif_transpose(image, in_place=True)
+        image.info.pop("transparency", None)  # else Pillow warns that it is left out
+        return image.convert("RGB")
 
 
 def _read_ids(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
+    if not os.path.lexists(path):
+        raise UserError(f"The label file {path} does not exist: restore it.")
+    with _opened("label file", path, "PNG") as image:
+        coded = image.tile[0][3]
+        in_low_byte = coded in ("RGB;16B", "RGBA;16B")
+        if in_low_byte:
             # Of 16-bit colour (big-endian in the file) Pillow keeps the upper byte, and the ids
             # are in the lower one: read as little-endian, the lower byte is kept.
             image.tile = [
-                (codec, box, offset, raw.replace(";16B", ";16L") if isinstance(raw, str) else raw)
+                (codec, box, offset, raw.replace(";16B", ";16L"))
                 for codec, box, offset, raw in image.tile
             ]
-            return np.asarray(image.getchannel(0))
-    except FileNotFoundError as error:
-        raise UserError(f"The label file {path} does not exist: restore it.") from error
-    except _DAMAGED as error:
-        raise UserError(_unreadable("label file", path, error)) from error
+        ImageOps.exif_transpose(image, in_place=True)
+        values = np.asarray(image)
+        if values.ndim == 2:
+            return values
+        is_grey = coded in ("RGB", "RGBA") and (values[..., :3] == values[..., :1]).all()
+        if not (in_low_byte or is_grey):
+            raise ValueError("it is a picture, not a map of label ids")
+        return values[..., 0]
 
 
 def _unreadable(what: str, path: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    else:
+        reason = " ".join(str(error).split()) or type(error).__name__
     return f"The {what} {path} cannot be read ({reason}): replace the file."
 
 
@@ -582,9 +666,10 @@ def _check_pair(
     try:
         image = _read_image(image_path)
         size = (image.height, image.width)
-        if label_path is None or not label_path.is_file():
+        if label_path is None or not os.path.isfile(label_path):
             return size, None, torch.zeros(classes + 1, dtype=torch.int64)
         labels = dataset.read_labels(label_path)
+        _refuse_sideways(pair, size, labels.shape)
     except UserError as error:
         return error
     counts = torch.from_numpy(np.bincount(labels.ravel(), minlength=256))

@@ -26,6 +26,7 @@ DILATIONS_USED: dict[Aspp, int] = {"published": 2, "all": 4}
 HEADS = ("layer5.", "layer6.")
 # torchvision's weights expect RGB / 255 divided by these; ours see BGR on the scale 0..255.
 TORCHVISION_STD = (0.229, 0.224, 0.225)
+WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class AtrousHead(nn.Module):
@@ -172,7 +173,14 @@ def load_weights(model: DeepLabV2, path: Path) -> bool:
         for key, w in weights.items()
         if key in own and w.shape != own[key].shape
     ]
-    for problem, keys in (("lacks", missing), ("has unknown", unknown), ("has", misshapen)):
+    # Such as the integers of a quantised model, which mean nothing without their scale.
+    mistyped = [
+        f"{key} in {w.dtype}"
+        for key, w in weights.items()
+        if key in own and own[key].is_floating_point() and w.dtype not in WEIGHT_TYPES
+    ]
+    problems = {"lacks": missing, "has unknown": unknown, "has": misshapen or mistyped}
+    for problem, keys in problems.items():
         if keys:
             listed = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise UserError(

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from uda import checkpoint, datasets, deeplab, scenes
 from uda.datasets import Progress, Sample, SegmentationDataset
-from uda.errors import UserError
+from uda.errors import UserError, one_line
 from uda.outputs import from_json
 from uda.presets import LISTED_IMAGES, Settings
 from uda.report import data_table, progress_bar
@@ -201,7 +201,7 @@ def check_data(s: Settings, console: Console) -> None:
             dataset = datasets.open_dataset(
                 kind, s.data_root / folder, split, classes=s.classes, allow_missing=True
             )
-            task = progress.add_task(f"{folder} {split}", total=len(dataset), note="")
+            task = progress.add_task(one_line(f"{folder} {split}"), total=len(dataset), note="")
             found.append(
                 datasets.check_data(
                     dataset, lambda done, _, task=task: progress.update(task, completed=done)

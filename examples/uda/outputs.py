@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from uda import checkpoint
-from uda.errors import UserError
+from uda.errors import UserError, shown
+from uda.files import read_json
 from uda.presets import Settings, option
 
 SETTINGS = "settings.json"
 # What a start that failed before its first step leaves behind: nothing that is worth keeping.
 ABORTED_START = frozenset({SETTINGS, SETTINGS + checkpoint.PARTIAL})
+# No setting comes near it, and Python takes minutes to write a number of a million digits.
+_TOO_LARGE = 2**63
 # A resumed run may differ in these settings from the run it continues, and in no others.
 FREE_ON_RESUME = frozenset(
     {"out", "resume", "data_root", "device", "workers", "log_every", "save_every"}
@@ -56,8 +59,8 @@ def _refuse_other_settings(path: Path, settings: Settings) -> None:
     for name in sorted(now.keys() - FREE_ON_RESUME):
         if earlier.get(name) != now[name]:
             raise UserError(
-                f"The run in {path.parent} has {option(name)} {earlier.get(name)}, not "
-                f"{now[name]}: resume it with the options it was started with."
+                f"The run in {path.parent} has {option(name)} {shown(earlier.get(name))}, not "
+                f"{shown(now[name])}: resume it with the options it was started with."
             )
 
 
@@ -86,7 +89,7 @@ def from_json(content: object) -> Settings:
         elif isinstance(value, str) and Path in get_args(hint):
             value = Path(value)
         if not _fits(value, hint):
-            raise UserError(f"{option(name)} cannot be {content[name]!r}")
+            raise UserError(f"{option(name)} cannot be {shown(content[name])}")
         values[name] = value
     return Settings(**values)
 
@@ -106,19 +109,8 @@ def _fits(value: object, hint: Any) -> bool:
         )
     # Not isinstance, for which True and False are numbers.
     if hint in (int, float):
-        return type(value) in (int, hint)
+        return type(value) in (int, hint) and abs(value) < _TOO_LARGE
     return isinstance(value, hint)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file that `write_json` wrote; UserError if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): restore it or remove it.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (it holds no object): restore it or remove it.")
-    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from uda.adaptation import BackboneUpdates
-from uda.datasets import Kind
+from uda.datasets import MOST_CLASSES, MOST_PIXELS, Kind
 from uda.deeplab import Aspp
 from uda.errors import UserError
 
@@ -181,6 +181,11 @@ class Settings:
                     f"{option(name)} {height} {width} is too small for the network: take at least "
                     f"{SMALLEST_SIDE} pixels each way."
                 )
+            if height * width > MOST_PIXELS:
+                raise UserError(
+                    f"{option(name)} {height} {width} is too large: take at most {MOST_PIXELS:,} "
+                    "pixels in all."
+                )
         positive = "source_lr lr batch_size processes machines log_every save_every evaluate_every"
         for name in positive.split():
             if getattr(self, name) <= 0:
@@ -192,8 +197,8 @@ class Settings:
         for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise UserError(f"{option(name)} must not be negative, not {getattr(self, name)}.")
-        if self.classes < 2:
-            raise UserError(f"--classes must be at least 2, not {self.classes}.")
+        if not 2 <= self.classes <= MOST_CLASSES:
+            raise UserError(f"--classes must be from 2 to {MOST_CLASSES}, not {self.classes}.")
         if self.seed > LARGEST_SEED:
             raise UserError(f"--seed must be at most {LARGEST_SEED}, not {self.seed}.")
         for name, lowest in (("ratio", -1), ("threshold", 0)):

@@ -17,7 +17,7 @@ from rich.text import Text
 
 import maxsquare
 from uda.datasets import LABEL_SPACES, DataReport
-from uda.errors import UserError
+from uda.errors import UserError, one_line
 from uda.evaluation import Scores
 from uda.presets import Preset
 
@@ -35,10 +35,20 @@ class RateColumn(TextColumn):
         return Text(f"{task.speed:.1f}/s" if task.speed else "-/s", style="cyan")
 
 
+class PlainConsole(Console):
+    """A console that shows names of files and classes as they are, and obeys nothing in them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(one_line(text), **options)
+
+
 def progress_bar(console: Console) -> Progress:
     """A bar with count, rate and remaining time; a task's `note` field stands at its end."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=8),
         MofNCompleteColumn(),
         RateColumn(),
@@ -141,10 +151,10 @@ def sentence(error: Exception) -> str:
     """An error in one sentence."""
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{error.filename}: "
-        return f"{where}{error.strerror}."
+        return one_line(f"{where}{error.strerror}.")
     # An error in a loader process arrives behind that process's traceback.
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].removeprefix("uda.errors.UserError: ")
+    return one_line(lines[-1])
 
 
 def exit_code(script: Callable[[], object], *, stopped: str = "Stopped before the end.") -> int:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from uda.datasets import CITYSCAPES_CLASSES, Progress
 from uda.errors import UserError
-from uda.outputs import read_json
+from uda.files import read_json
 from uda.scenes.scene import FEATURES, scene
 from uda.scenes.styles import CAMERA, GAME
 
