@@ -489,12 +489,16 @@ def _images(folder: Path, split: str | None = None) -> list[Path]:
         first = seen.setdefault(os.path.realpath(parent), parent)
         if first != parent:
             raise UserError(f"{parent} and {first} are one folder: remove the link to it.")
-        for entry in os.scandir(parent):
-            # Not ._x.png, which macOS writes beside x.png, nor Jupyter's .ipynb_checkpoints.
-            if entry.name.startswith("."):
-                continue
-            path = parent / entry.name
-            if entry.is_dir():
+        try:
+            with os.scandir(parent) as entries:
+                # Not ._x.png, which macOS writes beside x.png, nor Jupyter's .ipynb_checkpoints.
+                is_folder = {Path(e.path): e.is_dir() for e in entries if e.name[0] != "."}
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} cannot be read ({error.strerror}): repair it or remove it."
+            ) from error
+        for path in is_folder:
+            if is_folder[path]:
                 todo.append(path)
             elif path.suffix.lower() in _IMAGE_SUFFIXES:
                 if not os.path.isfile(path):
