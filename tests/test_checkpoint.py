@@ -142,7 +142,9 @@ def test_a_checkpoint_without_a_needed_entry_is_refused(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "last.pt", needs={"model": dict, "step": int})["step"] == 3
     with pytest.raises(UserError, match=r"last\.pt is no checkpoint .* no entry 'random'"):
         checkpoint.load(tmp_path / "last.pt", needs={"model": dict, "random": dict})
-    with pytest.raises(UserError, match=r"last\.pt is no checkpoint .* entry 'step' is a int"):
+    with pytest.raises(
+        UserError, match=r"last\.pt is no checkpoint .* entry 'step' is of type int"
+    ):
         checkpoint.load(tmp_path / "last.pt", needs={"step": str})
 
 

@@ -96,7 +96,7 @@ def load(
             raise UserError(f"{path} is no checkpoint of this script: it has no entry {name!r}")
         if not isinstance(state[name], kind):
             raise UserError(
-                f"{path} is no checkpoint of this script: its entry {name!r} is a "
+                f"{path} is no checkpoint of this script: its entry {name!r} is of type "
                 f"{type(state[name]).__name__}"
             )
     for name, wanted in expect.items():
@@ -156,8 +156,8 @@ def read(path: Path) -> dict[str, Any]:
 
     Of a safetensors file: its weights as "model", and "settings" if it holds any.
 
-    Whatever the file says, no code out of it runs, and reading it takes little more memory than
-    the file is long.
+    Whatever the file says, no code out of it runs, and what it unpacks to is no larger than the
+    file itself.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):

@@ -537,7 +537,7 @@ def _refuse_sideways(pair: Pair, size: tuple[int, ...], label_size: tuple[int, .
 
     Other sizes are brought together by resizing.
     """
-    if size == label_size[::-1] != label_size:
+    if size != label_size and size == label_size[::-1]:
         raise UserError(
             f"{pair[0]} and its labels {pair[1]} lie across each other: turn one of the two."
         )

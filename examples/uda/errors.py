@@ -26,8 +26,8 @@ def one_line(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value out of a file for a sentence: numbers and texts themselves, else their type."""
+    """A value out of a file for a sentence: a number or a text itself, else its type."""
     short = value is None or isinstance(value, float | str)
     if isinstance(value, int):  # whose digits take quadratic time
         short = value.bit_length() <= 64
-    return str(value) if short else f"a {type(value).__name__}"
+    return str(value) if short else f"a value of type {type(value).__name__}"
