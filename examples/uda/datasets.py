@@ -61,10 +61,9 @@ _IGNORED = 255
 # The class numbers that this leaves.
 MOST_CLASSES = 255
 _LONGEST_NAME = 100  # characters
-# A file of kilobytes can claim any size: Pillow refuses pictures of more than twice this number of
-# pixels, and only warns of smaller ones.
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
-warnings.simplefilter("error", Image.DecompressionBombWarning)
+# A file of kilobytes can claim any size. From here on Pillow warns, and refuses twice as many.
+MOST_PIXELS = 89_478_485
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 
 
@@ -549,6 +548,8 @@ def _opened(what: str, path: Path, *formats: str) -> Iterator[Image.Image]:
     try:
         # Of Pillow's other decoders some run programs, such as Ghostscript.
         with Image.open(path, formats=formats) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"Image size exceeds the limit of {MOST_PIXELS:,} pixels")
             yield image
     except UnidentifiedImageError as error:
         wanted = ValueError(f"it is no {' or '.join(formats)} file")
