@@ -64,6 +64,8 @@ _LONGEST_NAME = 100  # characters
 # A file of kilobytes can claim any size. From here on Pillow warns, and refuses twice as many.
 MOST_PIXELS = 89_478_485
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# JPEG's limit. Millions of short rows cost many times what as many pixels do otherwise.
+_LONGEST_SIDE = 2**16 - 1
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 
 
@@ -550,6 +552,8 @@ def _opened(what: str, path: Path, *formats: str) -> Iterator[Image.Image]:
         with Image.open(path, formats=formats) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"Image size exceeds the limit of {MOST_PIXELS:,} pixels")
+            if max(image.size) > _LONGEST_SIDE:
+                raise ValueError(f"Image size exceeds the limit of {_LONGEST_SIDE:,} a side")
             yield image
     except UnidentifiedImageError as error:
         wanted = ValueError(f"it is no {' or '.join(formats)} file")
