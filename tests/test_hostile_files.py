@@ -1237,4 +1237,4 @@ def test_mutated_files_are_read_or_refused(kind: str, folder: Path) -> None:
 def test_many_mutated_files_are_read_or_refused(
     kind: str, folder: Path, stress_budget: Callable[[float], float]
 ) -> None:
-    search(kind, int(stress_budget(800)), folder)
+    search(kind, int(stress_budget(600)), folder)
