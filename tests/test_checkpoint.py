@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 from pathlib import Path
@@ -52,12 +53,26 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     # A limit on the size of files makes writes fail half-way, as a full disk does.
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
-        with pytest.raises(UserError, match=r"last\.pt could not be written .*free some space"):
+        with pytest.raises(
+            UserError, match=r"last\.pt could not be written \(File too large\).*free "
+        ):
             checkpoint.save(path, STATE | {"step": 4})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoint.load(path)["step"] == 3
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_ctrl_c_while_torch_writes_is_no_failed_write(tmp_path: Path) -> None:
+    class Interrupted(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, STATE)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write(path, lambda _: torch.save(STATE, Interrupted()))
+    assert checkpoint.load(path)["step"] == 3
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

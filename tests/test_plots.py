@@ -54,8 +54,25 @@ def test_panel_shows_every_picture_in_its_place(tmp_path: Path) -> None:
     assert columns[1].max() < columns[2].min()
 
 
+ROW = (torch.zeros(3, 8, 16, dtype=torch.uint8), *[torch.zeros(8, 16)] * 3)
+
+
 def test_panel_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    image = torch.zeros(3, 8, 16, dtype=torch.uint8)
     path = tmp_path / "missing" / "panel.png"
-    with pytest.raises(UserError, match=r"panel\.png cannot be written"):
-        plots.panel([(image, *[torch.zeros(8, 16)] * 3)], path)
+    with pytest.raises(UserError, match=r"panel\.png could not be written"):
+        plots.panel([ROW], path)
+
+
+def test_a_kill_while_the_panel_is_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "panel.png"
+    plots.panel([ROW], path)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        plots.panel([ROW, ROW], path)
+    assert path.read_bytes() == before

@@ -7,6 +7,7 @@ Weights to be handed on are a safetensors file in half precision (`export`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickletools
@@ -66,12 +67,16 @@ def write(path: Path, content: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    # torch's archive writer turns some failed writes into RuntimeError
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        # Whatever is raised while torch's archive writer writes, it raises a RuntimeError instead.
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(reason, KeyboardInterrupt):
+            raise reason from None
+        with contextlib.suppress(OSError):  # a read-only file system refuses this, too
+            partial.unlink()
         raise UserError(
-            f"{path} could not be written ({_reason(error)}); free some space or choose another "
-            "--out (what was there before is kept)"
+            f"{path} could not be written ({_reason(reason or error)}); free some space or choose "
+            "another --out (what was there before is kept)"
         ) from error
 
 
@@ -219,7 +224,7 @@ def _refuse_other_names(file: IO[bytes]) -> None:
             raise ValueError(f"it calls for {argument.replace(' ', '.')}, which no weights need")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The first line of an error: what a user needs of it in one sentence."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

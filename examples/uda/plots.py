@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from uda import checkpoint
 from uda.datasets import LABEL_SPACES, LabelSpace
-from uda.errors import UserError
 
 TITLES = ("image", "ground truth", "source only", "adapted")
 _GAP = 4  # pixels around each picture
@@ -70,9 +70,4 @@ def panel(
         x, y = _GAP + column * (sheet.width // legend_columns), bottom + line * _LINE
         pen.rectangle((x, y + 4, x + 14, y + 18), fill=color, outline="black")
         pen.text((x + 20, y + _LINE // 2), name, fill="black", font=font, anchor="lm")
-    try:
-        sheet.save(path, "png")
-    except OSError as error:
-        raise UserError(
-            f"The picture {path} cannot be written ({error}): free space or choose another --out."
-        ) from error
+    checkpoint.write(Path(path), lambda file: sheet.save(file, "png"))
