@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(root.rglob("*")) if path.is_file())
+    files = (path for path in sorted(root.rglob("[!.]*")) if path.is_file())
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
@@ -134,6 +134,24 @@ def test_an_interrupted_call_is_completed(tmp_path: Path) -> None:
     assert kept.stat().st_mtime_ns == written
     scenes.render(tmp_path / "whole", **TINY)
     assert contents(tmp_path / "scenes") == contents(tmp_path / "whole")
+
+
+def test_a_finished_set_may_be_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    scenes.render(tmp_path, **TINY, source_val=1)
+    monkeypatch.setattr(os, "replace", refuse)
+    scenes.render(tmp_path, **TINY, source_val=1)
+
+
+@pytest.mark.parametrize("lost", ["images", "labels"])
+def test_a_lost_file_is_drawn_again(lost: str, tmp_path: Path) -> None:
+    scenes.render(tmp_path, **TINY)
+    before = contents(tmp_path)
+    (tmp_path / "GTA5" / lost / "00001.png").unlink()
+    scenes.render(tmp_path, **TINY)
+    assert contents(tmp_path) == before
 
 
 def test_other_settings_and_other_data_are_not_overwritten(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -14,9 +15,15 @@ from uda.errors import UserError, shown
 from uda.files import read_json
 from uda.presets import Settings, option
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody keeps a second run out
+    fcntl = None  # type: ignore[assignment]
+
 SETTINGS = "settings.json"
+LOCK = ".lock"
 # What a start that failed before its first step leaves behind: nothing that is worth keeping.
-ABORTED_START = frozenset({SETTINGS, SETTINGS + checkpoint.PARTIAL})
+ABORTED_START = frozenset({LOCK, SETTINGS, SETTINGS + checkpoint.PARTIAL})
 # No setting comes near it, and Python takes minutes to write a number of a million digits.
 _TOO_LARGE = 2**63
 # A resumed run may differ in these settings from the run it continues, and in no others.
@@ -50,6 +57,39 @@ def run_folder(settings: Settings) -> Path:
     if settings.resume:
         _refuse_other_settings(folder / SETTINGS, settings)
     return folder
+
+
+@contextlib.contextmanager
+def claim(settings: Settings) -> Iterator[None]:
+    """Make the folder of a run this process's own, and note the settings in it."""
+    folder = settings.out
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / LOCK, f"Another run writes to --out {folder}: choose another folder."):
+        # Another run may have come and gone since the first look.
+        run_folder(settings)
+        write_json(folder / SETTINGS, as_json(settings))
+        yield
+
+
+@contextlib.contextmanager
+def lock(path: Path, refusal: str | None = None) -> Iterator[None]:
+    """Keep other processes out that lock the same file, however this one ends.
+
+    Args:
+        path: a file for the purpose; it is made if missing, and stays.
+        refusal: the UserError if another process has the lock; None: wait for it.
+    """
+    with path.open("a") as file:
+        if fcntl is not None:
+            try:
+                # Unlike flock, not inherited by loader processes, which outlive a killed run by
+                # seconds.
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if refusal is None else fcntl.LOCK_NB))
+            except (BlockingIOError, PermissionError) as error:
+                raise UserError(refusal) from error
+            except OSError:
+                pass  # a file system without locks
+        yield
 
 
 def _refuse_other_settings(path: Path, settings: Settings) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +20,7 @@ from PIL import Image
 from uda.datasets import CITYSCAPES_CLASSES, Progress
 from uda.errors import UserError
 from uda.files import read_json
+from uda.outputs import LOCK, lock
 from uda.scenes.scene import FEATURES, scene
 from uda.scenes.styles import CAMERA, GAME
 
@@ -97,13 +102,17 @@ def render(
         _write_lists(root / "GTA5" / "list", train, source_val)
         for folder in {path.parent for job in jobs for path in (job.image, job.labels)}:
             folder.mkdir(parents=True, exist_ok=True)
-        # The labels are written last: where they are, the picture is complete.
-        todo = [job for job in jobs if not job.labels.is_file()]
+        todo = [job for job in jobs if not (job.image.is_file() and job.labels.is_file())]
         done = len(jobs) - len(todo)
         for _ in _rendered(todo):
             done += 1
             if on_progress is not None:
                 on_progress(done, len(jobs))
+    except BrokenProcessPool as error:
+        raise UserError(
+            "A process that draws scenes was killed, perhaps for want of memory: free some, and "
+            "start again; what is drawn is kept."
+        ) from error
     except OSError as error:
         raise UserError(
             f"The scenes cannot be written to {root} ({error}): free space there or choose "
@@ -127,11 +136,13 @@ def check(
 
 def _claim(root: Path, settings: dict[str, object]) -> None:
     """Note in the folder what it holds, or refuse a folder that holds something else."""
-    if not _holds(root, settings):
-        root.mkdir(parents=True, exist_ok=True)
-        _replace(
-            root / _MARKER, lambda part: part.write_text(json.dumps(settings), encoding="utf-8")
-        )
+    if _holds(root, settings):
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    with lock(root / LOCK):  # else another run, with other settings, could find the folder empty
+        if not _holds(root, settings):
+            content = json.dumps(settings)
+            _replace(root / _MARKER, lambda part: part.write_text(content, encoding="utf-8"))
 
 
 def _holds(root: Path, settings: dict[str, object]) -> bool:
@@ -184,11 +195,10 @@ def _write_lists(folder: Path, train: int, source_val: int) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for split, first, count in (("train", 1, train), ("val", train + 1, source_val)):
+        path = folder / f"{split}.txt"
         names = "".join(f"{i:05d}\n" for i in range(first, first + count))
-        _replace(
-            folder / f"{split}.txt",
-            lambda part, names=names: part.write_text(names, encoding="utf-8"),
-        )
+        if not path.is_file():  # whoever only reads a finished data set need not write there
+            _replace(path, lambda part, names=names: part.write_text(names, encoding="utf-8"))
 
 
 def _rendered(jobs: Sequence[_Job]) -> Iterator[None]:
@@ -197,8 +207,34 @@ def _rendered(jobs: Sequence[_Job]) -> Iterator[None]:
         return
     # Fresh processes: forking one that has run torch's threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(_cores(), 16), mp_context=context) as pool:
-        yield from pool.map(_render, jobs, chunksize=4)
+    workers = min(_cores(), 16)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+        with _without_ctrl_c():
+            done = pool.map(_render, jobs, chunksize=4)
+        yield from done
+
+
+def _end_with_parent() -> None:
+    """Let this worker process end when the process that started it is killed."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Let the processes that are started here leave Ctrl-C to their parent."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def _cores() -> int:
