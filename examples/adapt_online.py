@@ -102,4 +102,5 @@ def adapt(
 
 
 if __name__ == "__main__":
+    report.end_on_signals()
     sys.exit(main())

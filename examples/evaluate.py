@@ -163,4 +163,5 @@ def picture_files(dataset: datasets.SegmentationDataset, out: Path) -> list[Path
 
 
 if __name__ == "__main__":
+    report.end_on_signals()
     sys.exit(main())

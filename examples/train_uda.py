@@ -23,6 +23,7 @@ no target labels cannot choose so: the results called "adapted" are those after 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -48,9 +49,12 @@ from uda.evaluation import Scores, evaluate
 from uda.presets import COMPARED, NOTES, PRESETS, SHIPPED, Settings
 from uda.results import write_results
 
+STOPPED = "Stopped: the same options with --out and --resume go on from here."
 SOURCE_ONLY = "source-only"
 CONTROL = "source"  # the method
 STATISTICS = "target-statistics"
+# The files of TensorBoard's log.
+LOGS = "events.out.tfevents.*"
 # How many target training images BatchNorm statistics are taken from.
 STATISTICS_IMAGES = 60
 # What a checkpoint of a stage holds, beside what it must have been written with.
@@ -61,6 +65,7 @@ SAVED = {
     "confusion": torch.Tensor | None,
     "best": dict | None,
     "source_validation": list,
+    "log": dict,
     "model": dict,
     "random": dict,
 }
@@ -102,9 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             run(settings, console)
 
-    return report.exit_code(
-        script, stopped="Stopped: the same options with --out and --resume go on from here."
-    )
+    return report.exit_code(script, stopped=STOPPED)
 
 
 def parse(arguments: Sequence[str] | None) -> Settings:
@@ -145,21 +148,32 @@ def run(settings: Settings, console: Console) -> None:
     if settings.init and not resumes(settings, out / SOURCE_ONLY):
         loading.load_init(loading.build_network(settings), settings)
     fabric = start_fabric(settings)
-    if fabric.is_global_zero:
-        out.mkdir(parents=True, exist_ok=True)
-        outputs.write_json(out / outputs.SETTINGS, outputs.as_json(settings))
-        console.print(f"Writing to {out}")
-        if settings.scenes:
-            with report.progress_bar(console) as progress:
-                task = progress.add_task("rendering scenes", total=None, note="")
-                loading.render_scenes(
-                    settings,
-                    lambda done, of: progress.update(task, completed=done, total=of),
-                )
-    else:
-        console.quiet = True
-    fabric.barrier()
-    job = Job(settings, fabric, console, *(data or loading.open_data(settings)))
+    with outputs.claim(settings) if fabric.is_global_zero else contextlib.nullcontext():
+        if fabric.is_global_zero:
+            console.print(f"Writing to {out}")
+            if settings.scenes:
+                draw_scenes(settings, console)
+        else:
+            console.quiet = True
+        fabric.barrier()
+        data = data or loading.open_data(settings)
+        run_stages(Job(settings, fabric, console, *data))
+    if fabric.world_size > 1:
+        # A process that exits with its connections open may abort.
+        torch.distributed.destroy_process_group()
+
+
+def draw_scenes(settings: Settings, console: Console) -> None:
+    with report.progress_bar(console) as progress:
+        task = progress.add_task("rendering scenes", total=None, note="")
+        loading.render_scenes(
+            settings, lambda done, of: progress.update(task, completed=done, total=of)
+        )
+
+
+def run_stages(job: Job) -> None:
+    """Everything from the source model, or its training, to the results."""
+    settings, fabric, console, out = job.settings, job.fabric, job.console, job.settings.out
     if warning := loading.list_warning(settings, len(job.source)):
         console.print(warning)
 
@@ -180,9 +194,6 @@ def run(settings: Settings, console: Console) -> None:
     }
     if fabric.is_global_zero:
         write_results(source_only, statistics, adapted, job.validation, settings, console)
-    if fabric.world_size > 1:
-        # A process that exits with its connections open may abort.
-        torch.distributed.destroy_process_group()
 
 
 def start_fabric(settings: Settings) -> Fabric:
@@ -233,7 +244,7 @@ def train(
         momentum=s.momentum,
         weight_decay=s.weight_decay,
     )
-    state = begin(s, name, folder, network, start)
+    state = begin(job, name, folder, network, start)
     if s.channels_last:
         network.to(memory_format=torch.channels_last)
     model, stepper = fabric.setup(torch.compile(network) if s.compile else network, optimizer)
@@ -297,7 +308,7 @@ def take_statistics(job: Job, folder: Path, start: dict[str, Any]) -> dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     fabric.seed_everything(s.seed, verbose=False)
     network = loading.build_network(s)
-    state = begin(s, STATISTICS, folder, network, start)
+    state = begin(job, STATISTICS, folder, network, start)
     network.to(fabric.device)
     with report.progress_bar(job.console) as progress:
         stage = Stage(job, folder, network, None, state, progress)
@@ -310,7 +321,7 @@ def take_statistics(job: Job, folder: Path, start: dict[str, Any]) -> dict[str, 
 
 
 def begin(
-    s: Settings,
+    job: Job,
     name: str,
     folder: Path,
     network: deeplab.DeepLabV2,
@@ -321,21 +332,26 @@ def begin(
     Weights come from the stage's own last checkpoint when a run is resumed, else from `start` (the
     source model), else from --init, else they are random.
     """
+    s = job.settings
     # With weights, momentum and random generators, which `Stage.save` adds, all there is to a run
     # between two steps.
     state: dict[str, Any] = {
         "stage": name,
         "network": s.network,
         "classes": s.classes,
+        # Other numbers of images would come in another order.
+        "training_images": {"source": len(job.source), "target": len(job.target)},
         "settings": outputs.as_json(s),
         "step": 0,
         "seconds": 0.0,
         "confusion": None,
         "best": None,
         "source_validation": [],
+        "log": {},  # the size of each of its files
     }
     if resumes(s, folder):
-        expect = {entry: state[entry] for entry in ("stage", "network", "classes")}
+        same = ("stage", "network", "classes", "training_images")
+        expect = {entry: state[entry] for entry in same}
         needs = SAVED if name == STATISTICS else SAVED | {"optimizer": dict}
         state = checkpoint.load(folder / "last.pt", expect=expect, needs=needs)
         with checkpoint.restoring(folder / "last.pt"):
@@ -381,7 +397,10 @@ class Stage:
         self.started = time.perf_counter() - state["seconds"]
         self.writer = None
         if job.fabric.is_global_zero:
-            self.writer = SummaryWriter(str(folder), purge_step=state["step"])
+            # What a killed run logged after its last checkpoint will be logged again.
+            for file in folder.glob(LOGS):
+                os.truncate(file, state["log"].get(file.name, 0))
+            self.writer = SummaryWriter(str(folder))
 
     def save(self, name: str) -> None:
         self.state["seconds"] = time.perf_counter() - self.started
@@ -389,7 +408,10 @@ class Stage:
         if self.optimizer is not None:
             self.state["optimizer"] = self.optimizer.state_dict()
         self.state["random"] = checkpoint.random_state()
-        if self.job.fabric.is_global_zero:
+        if self.writer:
+            self.writer.flush()
+            logs = self.folder.glob(LOGS)
+            self.state["log"] = {file.name: file.stat().st_size for file in logs}
             checkpoint.save(self.folder / name, self.state)
 
     def take_statistics(self) -> None:
@@ -443,4 +465,5 @@ class Stage:
 
 
 if __name__ == "__main__":
+    report.end_on_signals(STOPPED)
     sys.exit(main())

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -118,9 +119,9 @@ def same(a: object, b: object) -> bool:
 
 
 def trained(path: Path) -> dict[str, Any]:
-    """A checkpoint without what may differ between equal runs: clock, folder."""
+    """A checkpoint without what may differ between equal runs: clock, folder, names of logs."""
     state = checkpoint.load(path)
-    del state["seconds"], state["settings"]
+    del state["seconds"], state["settings"], state["log"]
     return state
 
 
@@ -747,6 +748,18 @@ def test_resume_refuses_other_settings(
     assert files(finished) == before
 
 
+def test_resume_refuses_other_numbers_of_images(
+    own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another number of images has another order."""
+    options = ["--scenes", "0", "--steps", "0"]
+    assert train(tmp_path / "run", own_data, *options) == 0
+    (own_data / "GTA5" / "images" / "00001.png").unlink()
+    capsys.readouterr()
+    assert train(tmp_path / "run", own_data, *options, "--resume") == 2
+    assert "training_images" in only_sentence(capsys)
+
+
 @pytest.mark.parametrize("content", ["", "{", "null", "[]", "\udcff"])
 def test_resume_names_damaged_settings(
     content: str, tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
@@ -953,6 +966,18 @@ def test_ctrl_c_ends_a_script_in_one_sentence(
     assert script.main([] if script is train_uda else ["last.pt"]) == 130
     message = capsys.readouterr().err
     assert message.startswith("Stopped") and message.count("\n") == 1
+
+
+def test_a_killed_loader_process_becomes_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    for error in (killed, ConnectionResetError(104, "Connection reset by peer"), EOFError()):
+        assert report.exit_code(partial(fail, error)) == 2
+        assert "--workers" in only_sentence(capsys)
+    with pytest.raises(RuntimeError, match="a bug"):
+        report.exit_code(partial(fail, RuntimeError("a bug")))
 
 
 def test_occupied_folder_is_refused_and_untouched(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import multiprocessing
+import os
 import platform
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -23,6 +28,11 @@ from uda.presets import Preset
 
 T = TypeVar("T")
 LIBRARIES = ("torch", "torchvision", "lightning-fabric")
+STOPPED = "Stopped before the end."
+LOADER_KILLED = (
+    "error: A process that loads images was killed, perhaps for want of memory: take fewer "
+    "--workers, or free some."
+)
 
 
 class RateColumn(TextColumn):
@@ -157,10 +167,18 @@ def sentence(error: Exception) -> str:
     return one_line(lines[-1])
 
 
-def exit_code(script: Callable[[], object], *, stopped: str = "Stopped before the end.") -> int:
+def exit_code(script: Callable[[], object], *, stopped: str = STOPPED) -> int:
     """Run a script; what its user can repair, or did with Ctrl-C, becomes a sentence on stderr."""
     try:
-        script()
+        with _failed_writes_told_once():
+            script()
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # Of torch's watch over loader processes, wherever in the script it strikes, or of a batch
+        # that never came.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        print(LOADER_KILLED, file=sys.stderr)
+        return 2
     except (UserError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
@@ -170,6 +188,47 @@ def exit_code(script: Callable[[], object], *, stopped: str = "Stopped before th
         print(stopped, file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _failed_writes_told_once() -> Iterator[None]:
+    """Print no traceback for TensorBoard's thread, which hands its errors on to the main one."""
+
+    def tell(failure: threading.ExceptHookArgs) -> None:
+        if not issubclass(failure.exc_type, OSError):
+            earlier(failure)
+
+    earlier, threading.excepthook = threading.excepthook, tell
+    try:
+        yield
+    finally:
+        threading.excepthook = earlier
+
+
+def end_on_signals(stopped: str = STOPPED) -> None:
+    """Let Ctrl-C and SIGTERM end this program in a sentence, with the exit code of shells.
+
+    At once, as a kill would: an exception raised at any moment may be lost, or taken for another,
+    where a library is in the midst of a callback, a destructor or a fork.
+    """
+    program, signals = os.getpid(), (signal.SIGINT, signal.SIGTERM)
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() != program:  # a loader process, which hears a terminal's Ctrl-C, too
+            return
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        os.write(2, f"{stopped}\n".encode())
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h")  # the cursor, which a progress bar hides
+        for child in multiprocessing.active_children():
+            child.terminate()
+        os._exit(128 + number)
+
+    for number in signals:
+        # Whoever started this program may have it ignore them, as nohup does.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def losses(values: Mapping[str, float]) -> str:
