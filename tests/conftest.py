@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 # Imported for its doctests, it would import the kernels before Triton's interpreter is chosen.
 collect_ignore = ["compile_kernels.py"]
+if sys.platform != "linux":  # they fork, and read /proc
+    collect_ignore += ["interrupted.py", "test_interruptions.py"]
 
 
 @pytest.fixture(
