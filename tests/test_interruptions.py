@@ -508,6 +508,9 @@ def test_memory_handles_and_threads_stay_the_same_over_many_steps(
     assert run.wait(timeout=300 + steps) == 0, run.said()
     rows = [[int(number) for number in line.split()] for line in notes.read_text().splitlines()]
     # The allocator, and what the first evaluation and checkpoint need, come to rest first.
-    pages, *counts = zip(*rows[6:], strict=True)
+    pages, handles, *threads = zip(*rows[6:], strict=True)
     assert max(pages) < 1.02 * min(pages), pages
-    assert all(len(set(numbers)) == 1 for numbers in counts), counts
+    # A batch on its way from a loader process is a handle more, for a moment.
+    half = len(handles) // 2
+    assert min(handles[:half]) == min(handles[half:]) >= max(handles) - 2, handles
+    assert all(len(set(numbers)) == 1 for numbers in threads), threads
