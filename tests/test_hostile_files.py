@@ -897,6 +897,7 @@ def test_an_entry_of_another_type_is_refused(value: Any, tmp_path: Path) -> None
         ("random", {"python": 1, "numpy": 2, "torch": 3, "cuda": 4}), ("optimizer", []),
         ("step", "1"), ("step", 1.5),
         ("best", 1), ("source_validation", {}), ("confusion", [1]), ("seconds", "1"),
+        ("log", [1]), ("training_images", 4),
     ],
 )  # fmt: skip
 def test_a_run_is_not_resumed_from_what_is_no_state_of_it(
@@ -904,14 +905,15 @@ def test_a_run_is_not_resumed_from_what_is_no_state_of_it(
 ) -> None:
     s = Settings(network="small", classes=2, resume=True)
     network = loading.build_network(s)
-    state = train_uda.begin(s, "source-only", tmp_path, network, network.state_dict())
+    job: Any = train_uda.Job(s, *[None] * 2, *[range(4)] * 3)  # of data sets, it reads the length
+    state = train_uda.begin(job, "source-only", tmp_path, network, network.state_dict())
     state |= {"model": network.state_dict(), "random": checkpoint.random_state(), "optimizer": {}}
     path = tmp_path / "last.pt"
     checkpoint.save(path, state)
-    train_uda.begin(s, "source-only", tmp_path, network, None)
+    train_uda.begin(job, "source-only", tmp_path, network, None)
     checkpoint.save(path, state | {entry: value})
     with refusal(str(path)):
-        train_uda.begin(s, "source-only", tmp_path, network, None)
+        train_uda.begin(job, "source-only", tmp_path, network, None)
 
 
 def tensors(header: Any, data: bytes = bytes(8), length: int | None = None) -> bytes:
