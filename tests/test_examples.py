@@ -194,10 +194,9 @@ def test_comparison_needs_no_target_loss(
 def test_adapted_model_may_take_its_statistics_from_the_target(
     tmp_path: Path, data_root: Path, finished: Path
 ) -> None:
-    assert PRESETS["demo"].settings.bn_statistics == "target"
     out = tmp_path / "run"
-    assert train(out, data_root, "--bn-statistics", "training") == 0
-    mixed, target = (checkpoint.load(folder / "last.pt")["model"] for folder in (out, finished))
+    assert train(out, data_root, "--bn-statistics", "target") == 0
+    target, mixed = (checkpoint.load(folder / "last.pt")["model"] for folder in (out, finished))
     changed = {name for name in mixed if not torch.equal(mixed[name], target[name])}
     assert changed == {name for name in mixed if "running" in name or "num_batches" in name}
     controls = {

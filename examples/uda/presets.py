@@ -304,7 +304,6 @@ _DEMO = Settings(
     # Published for 29,750 steps is 0.1; so few need a stronger pull.
     target_weight=5.0,
     backbone_updates="once",
-    bn_statistics="target",
     channels_last=True,
     # Threads that share busy cores wait for each other: two are then slower than one.
     threads=1,
