@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -977,6 +978,33 @@ def test_a_killed_loader_process_becomes_a_sentence(capsys: pytest.CaptureFixtur
         assert "--workers" in only_sentence(capsys)
     with pytest.raises(RuntimeError, match="a bug"):
         report.exit_code(partial(fail, RuntimeError("a bug")))
+
+
+def test_a_loader_process_killed_a_moment_later_becomes_no_second_message() -> None:
+    # A batch does not come because a process died; another is killed while the destructor of the
+    # pass over the images waits for it.
+    script = """
+        import os, signal, sys, threading, time
+        from torch.utils.data import DataLoader
+        from uda import report
+
+        class Images(list):
+            def __getitem__(self, index):
+                if index:
+                    time.sleep(60)
+                return os.getpid()
+
+        def run():
+            batches = iter(DataLoader(Images(range(9)), batch_size=None, num_workers=1))
+            threading.Timer(0.5, os.kill, (next(batches), signal.SIGKILL)).start()
+            raise EOFError
+
+        sys.exit(report.exit_code(run))
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 2 and ended.stderr == f"{report.LOADER_KILLED}\n"
 
 
 def test_occupied_folder_is_refused_and_untouched(

@@ -177,6 +177,7 @@ def exit_code(script: Callable[[], object], *, stopped: str = STOPPED) -> int:
         # that never came.
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        _end_watch()
         print(LOADER_KILLED, file=sys.stderr)
         return 2
     except (UserError, OSError) as error:
@@ -188,6 +189,12 @@ def exit_code(script: Callable[[], object], *, stopped: str = STOPPED) -> int:
         print(stopped, file=sys.stderr)
         return 130
     return 0
+
+
+def _end_watch() -> None:
+    """Let torch's watch strike no second time, in a destructor that waits for the processes."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
