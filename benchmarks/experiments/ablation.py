@@ -1,7 +1,7 @@
 """Which part of the method helps, and by how much: every target loss on the same footing.
 
     python benchmarks/experiments/ablation.py  # rendered street scenes: an hour, 2 cores
-    python benchmarks/experiments/ablation.py --task digits  # real handwriting: half of that
+    python benchmarks/experiments/ablation.py --task digits  # real handwriting: a quarter of that
     python benchmarks/experiments/ablation.py --summary-only  # tables and plots again
 
 Each method chooses its target weight from as many values as every other, by the labels of the
