@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -212,6 +213,13 @@ for _name in ("classify", "weighted_sum", "scale"):
 # Derivatives --------------------------------------------------------------------------------------
 
 
+def _with_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Spare every call of a function to inspect the signature of its forward."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
+
+
+@_with_signature
 class _WeightedSum(torch.autograd.Function):
     """The operator `weighted_sum`, with the derivatives of the sums by z."""
 
@@ -272,6 +280,7 @@ def _gradient(
     return gradient.to(z.dtype)
 
 
+@_with_signature
 class _Gradient(torch.autograd.Function):
     """`_gradient`; its own derivatives are those of the plain formula."""
 
