@@ -407,7 +407,7 @@ class Helpers:
     def call(self, kernel: Any, pointer: Any, count: int) -> list[Future[int]]:
         """Have so many threads call a kernel, or as many as there are."""
         with contextlib.suppress(RuntimeError):  # no more threads can be started
-            # That of processors takes longer than all else here.
+            # To count processors takes longer than all else here.
             while len(self.threads) < count and len(self.threads) < (os.cpu_count() or 1):
                 thread = threading.Thread(target=self.work, name="maxsquare", daemon=True)
                 thread.start()
