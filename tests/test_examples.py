@@ -995,14 +995,15 @@ def test_a_loader_process_killed_a_moment_later_becomes_no_second_message() -> N
                 return os.getpid()
 
         def run():
-            batches = iter(DataLoader(Images(range(9)), batch_size=None, num_workers=1))
+            how = {"batch_size": None, "num_workers": 1, "multiprocessing_context": "fork"}
+            batches = iter(DataLoader(Images(range(9)), **how))
             threading.Timer(0.5, os.kill, (next(batches), signal.SIGKILL)).start()
             raise EOFError
 
         sys.exit(report.exit_code(run))
     """
     ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120
     )
     assert ended.returncode == 2 and ended.stderr == f"{report.LOADER_KILLED}\n"
 
