@@ -1,6 +1,6 @@
 """The CPU kernels compute what the plain formula says, on any number of threads, within bounds.
 
-How they come to be compiled is in `test_compiling.py`.
+How they come to be compiled is in `test_libraries.py`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from support import (
 from torch import Tensor
 
 from maxsquare.checks import INTEGERS
-from maxsquare.engine import cpu, plain
+from maxsquare.engine import cpu, libraries, plain
 from maxsquare.potentials import POWER_FROM_Q, Label, Potential, Tsallis
 
-pytestmark = pytest.mark.skipif(not any(cpu.compilers()), reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(not any(libraries.compilers()), reason="needs a C++ compiler")
 
 POTENTIALS = {
     "square": Tsallis(2, offset=-1),
@@ -619,15 +619,15 @@ def test_peak_memory_stays_far_below_a_tensor_of_logits(
 @pytest.mark.skipif(sys.platform != "linux", reason="the sanitizer is preloaded as on Linux")
 def test_the_kernels_stay_in_bounds_and_defined(tmp_path: Path) -> None:
     """The tests above, with kernels and tensors that AddressSanitizer and UBSan watch."""
-    compiler = next(cpu.compilers())
-    libraries = [
+    compiler = next(libraries.compilers())
+    sanitizers = [
         subprocess.run(
             [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
         ).stdout.strip()
         # PyTorch throws exceptions, which the sanitizer follows if it finds their library.
         for name in ("libasan.so", "libstdc++.so")
     ]
-    if not Path(libraries[0]).is_absolute():
+    if not Path(sanitizers[0]).is_absolute():
         pytest.skip(f"{shlex.join(compiler)} has no libasan.so")
     wrapper = tmp_path / "compiler"
     # Options at the end, as the last level of optimisation counts: a higher one takes a minute.
@@ -645,7 +645,7 @@ def test_the_kernels_stay_in_bounds_and_defined(tmp_path: Path) -> None:
             **os.environ,
             "CXX": str(wrapper),
             "XDG_CACHE_HOME": str(tmp_path),
-            "LD_PRELOAD": " ".join(libraries),
+            "LD_PRELOAD": " ".join(sanitizers),
             # What Python does not free at its end is not ours to judge.
             "ASAN_OPTIONS": "detect_leaks=0",
         },

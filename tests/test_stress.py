@@ -57,7 +57,7 @@ from torch import Tensor
 
 import maxsquare
 from maxsquare import functional
-from maxsquare.engine import cpu, operators
+from maxsquare.engine import cpu, libraries, operators
 
 pytestmark = [
     pytest.mark.stress,
@@ -113,7 +113,13 @@ def kernels_of(path: str) -> ModuleType | bool | None:
     """The module of a path; False: it has none; None: they do not work here."""
     if path == "plain formula":
         return False
-    return triton_kernels() if path == "Triton kernels" else cpu if any(cpu.compilers()) else None
+    return (
+        triton_kernels()
+        if path == "Triton kernels"
+        else cpu
+        if any(libraries.compilers())
+        else None
+    )
 
 
 def interpreted(path: str) -> bool:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from maxsquare.engine import cpu, plain
+from maxsquare.engine.libraries import library
 from maxsquare.engine.plain import accumulation_dtype, index_dtype, number_of_classes
 from maxsquare.potentials import Label, Potential, Tsallis
 
@@ -66,7 +67,7 @@ def size_of(height: int | None, width: int | None) -> tuple[int, int] | None:
 def kernels_for(z: Tensor) -> ModuleType | None:
     """The kernels for logits on their device; None: the plain formula."""
     if z.device.type == "cpu":
-        return cpu if cpu.library(accumulation_dtype(z.dtype)) else None
+        return cpu if library(accumulation_dtype(z.dtype)) else None
     return cuda_kernels(z.device) if z.device.type == "cuda" else None
 
 
