@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maxsquare.engine.layout import axis, flat_stride, strides
 from maxsquare.engine.libraries import library
-from maxsquare.engine.plain import accumulation_dtype, index_dtype, number_of_classes
+from maxsquare.engine.plain import LogitsSpec, accumulation_dtype, index_dtype
 from maxsquare.potentials import Potential, Tsallis
 
 # A chunk of pixels fills the second cache with its logits, so that threads seldom meet at the
@@ -87,14 +87,12 @@ def classify(
     guide: Tensor | None,
     labels: Tensor | None,
     valid: Tensor | None,
-    size: tuple[int, int] | None,
-    align_corners: bool,
-    binary: bool,
-    threshold: float | None,
-    ignore_index: int,
+    spec: LogitsSpec,
+    threshold: float | None = None,
+    ignore_index: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """`plain.classify`."""
-    task, spatial = make_task(z, guide, None, size, align_corners, binary)
+    task, spatial = make_task(z, guide, None, spec)
     if labels is not None:
         labels = (labels if labels.dtype in DTYPES else labels.long()).contiguous()
         task.label_dtype = DTYPES.index(labels.dtype)
@@ -117,23 +115,21 @@ def classify(
     return y, counts
 
 
-def weighted_sum_and_slope(
+def weighted_sum(
     z: Tensor,
     weights: Tensor,
     y: Tensor | None,
     valid: Tensor | None,
     potential: Potential,
-    size: tuple[int, int] | None,
-    align_corners: bool,
-    binary: bool,
-    with_slope: bool,
+    spec: LogitsSpec,
+    needs_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`plain.weighted_sum_and_slope`."""
+    """`plain.weighted_sum`."""
     dtype = accumulation_dtype(z.dtype)
     slope = None
-    if with_slope:
-        slope = torch.empty_like(z) if size is None else z.new_empty(z.shape, dtype=dtype)
-    task, _ = make_task(z, None, slope, size, align_corners, binary)
+    if needs_grad:
+        slope = torch.empty_like(z) if spec.size is None else z.new_empty(z.shape, dtype=dtype)
+    task, _ = make_task(z, None, slope, spec)
     sums = z.new_empty(task.images, dtype=dtype)
     # Of each chunk of cells, the source row that it shares with the next.
     shared = (task.images, task.chunks, task.channels, z.shape[-1])
@@ -143,7 +139,7 @@ def weighted_sum_and_slope(
         weights=weights.to(dtype).contiguous(),
         sums=sums,
         partial_sums=z.new_empty((task.images, task.chunks), dtype=torch.float64),
-        partial_slopes=z.new_empty(shared, dtype=dtype) if with_slope and size else None,
+        partial_slopes=z.new_empty(shared, dtype=dtype) if needs_grad and spec.size else None,
     )
     task.wide_index = y is not None and y.dtype != torch.int8
     task.by_class, task.kind = weights.shape[1] > 1, potential.kind()
@@ -154,7 +150,7 @@ def weighted_sum_and_slope(
     return sums, slope
 
 
-def scale(slope: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_grad(slope: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """Every image's slope times its factor, in a dtype."""
     kernels = library(slope.dtype)
     assert kernels is not None
@@ -173,17 +169,15 @@ def make_task(
     z: Tensor,
     guide: Tensor | None,
     slope: Tensor | None,
-    size: tuple[int, int] | None,
-    align_corners: bool,
-    binary: bool,
+    spec: LogitsSpec,
 ) -> tuple[Task, tuple[int, ...]]:
     """How logits and slope lie in memory, and the work in chunks; the result's resolution."""
-    spatial = tuple(z.shape[2:]) if size is None else tuple(size)
+    spatial, size, align_corners = spec.spatial(z), spec.size, spec.align_corners
     heads = {"z": z, "guide": guide, "slope": slope}
     flat_strides = [flat_stride(tensor) for tensor in heads.values() if tensor is not None]
     task = Task(
         images=z.shape[0],
-        classes=number_of_classes(z, binary),
+        classes=spec.classes(z),
         channels=z.shape[1],
         length=math.prod(spatial),
         shape=(1, 1, 1, *spatial)[-3:],
