@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
+import struct
 import threading
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -27,59 +29,25 @@ CHUNKS_OF_CELLS = 64
 LOGITS_PER_THREAD = 2**16
 
 # As `Dtype` in cpu.cpp.
-DTYPES = (
-    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
-    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-)
-
-# Call ---------------------------------------------------------------------------------------------
-
-
-class Axis(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("scale", "offset", "unit", "source", "size")]
-
-
-class Head(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("stride", ctypes.c_int64 * 5),
-        ("rows", Axis),
-        ("columns", Axis),
-    ]
+DTYPES = {
+    dtype: number
+    for number, dtype in enumerate(
+        (
+            *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+            *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        )
+    )
+}
+# As `Task` in cpu.cpp: three views of tensors, pointers, integers, numbers, options.
+TASK = struct.Struct("@" + 3 * "P5q5q5q" + "5P" + "10q" + "4d" + "8i")
+NO_TENSOR = (0,) * 16
+NO_AXES = (0,) * 10
 
 
-class Task(ctypes.Structure):
-    """An operator's work, as cpu.cpp describes it."""
+class Progress(ctypes.Structure):
+    """As `Progress` in cpu.cpp."""
 
-    _fields_ = [
-        *((name, Head) for name in ("z", "guide", "slope")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "labels valid y weights partial_sums partial_counts partial_slopes sums counts"
-            ).split()
-        ),
-        *((name, ctypes.c_int64) for name in ("images", "classes", "channels", "length")),
-        ("shape", ctypes.c_int64 * 3),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("chunks", "chunk_size", "next_chunk", "ignore_index")
-        ),
-        *((name, ctypes.c_double) for name in ("q", "shift", "constant", "threshold")),
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "dtype label_dtype wide_index kind upsampled flat by_class has_threshold held"
-            ).split()
-        ),
-    ]
-
-    def point(self, **tensors: Tensor | None) -> None:
-        """Point to tensors, which live as long as the task: a thread may outlive an interrupt."""
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                setattr(self, name, tensor.data_ptr())
-        self.tensors = (*getattr(self, "tensors", ()), *tensors.values())
+    _fields_ = [(name, ctypes.c_int64) for name in ("next", "completed", "has_clamped")]
 
 
 def classify(
@@ -92,26 +60,20 @@ def classify(
     ignore_index: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """`plain.classify`."""
-    task, spatial = make_task(z, guide, None, spec)
+    classes = spec.classes(z)
+    y = z.new_empty((z.shape[0], *spec.spatial(z)), dtype=index_dtype(classes))
+    counts = z.new_empty((z.shape[0], classes + 1), dtype=torch.long)
     if labels is not None:
         labels = (labels if labels.dtype in DTYPES else labels.long()).contiguous()
-        task.label_dtype = DTYPES.index(labels.dtype)
-        # Labels lie at full resolution, whatever the logits do.
-        set_chunks(task, upsampled=False)
-    bins = task.classes + 1
-    y = z.new_empty((task.images, *spatial), dtype=index_dtype(task.classes))
-    counts = z.new_empty((task.images, bins), dtype=torch.long)
-    task.point(
-        y=y,
-        counts=counts,
+    run(
+        *("classify", spec, (classes + 1) * 8, z, counts),
+        guide=guide,
         labels=labels,
-        valid=None if valid is None else valid.contiguous(),
-        partial_counts=counts.new_zeros((task.images, task.chunks, bins)),
+        valid=valid,
+        y=y,
+        threshold=threshold,
+        ignore_index=ignore_index,
     )
-    task.wide_index = y.dtype != torch.int8
-    task.has_threshold, task.threshold = threshold is not None, threshold or 0
-    task.ignore_index = ignore_index
-    run("classify", task, z.dtype)
     return y, counts
 
 
@@ -126,103 +88,150 @@ def weighted_sum(
 ) -> tuple[Tensor, Tensor | None]:
     """`plain.weighted_sum`."""
     dtype = accumulation_dtype(z.dtype)
-    slope = None
-    if needs_grad:
-        slope = torch.empty_like(z) if spec.size is None else z.new_empty(z.shape, dtype=dtype)
-    task, _ = make_task(z, None, slope, spec)
-    sums = z.new_empty(task.images, dtype=dtype)
-    # Of each chunk of cells, the source row that it shares with the next.
-    shared = (task.images, task.chunks, task.channels, z.shape[-1])
-    task.point(
+    sums = z.new_empty(z.shape[0], dtype=dtype)
+    grad, partial_bytes = None, 8
+    if needs_grad and spec.size is None:
+        grad = torch.empty_like(z)
+    elif needs_grad:
+        grad = z.new_empty(z.shape, dtype=dtype)
+        # The source row that a chunk of cells shares with the next one.
+        partial_bytes += z.shape[1] * z.shape[3] * dtype.itemsize
+    run(
+        *("weighted_sum", spec, partial_bytes, z, sums),
+        grad=grad,
+        valid=valid,
         y=None if y is None else y.contiguous(),
-        valid=None if valid is None else valid.contiguous(),
         weights=weights.to(dtype).contiguous(),
-        sums=sums,
-        partial_sums=z.new_empty((task.images, task.chunks), dtype=torch.float64),
-        partial_slopes=z.new_empty(shared, dtype=dtype) if needs_grad and spec.size else None,
+        potential=potential,
     )
-    task.wide_index = y is not None and y.dtype != torch.int8
-    task.by_class, task.kind = weights.shape[1] > 1, potential.kind()
-    if isinstance(potential, Tsallis):
-        shift = potential.shift()
-        task.q, task.shift, task.constant = potential.q, shift, shift + potential.offset
-    run("weighted_sum", task, z.dtype)
-    return sums, slope
+    return sums, grad
 
 
-def scale_grad(slope: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Every image's slope times its factor, in a dtype."""
-    kernels = library(slope.dtype)
-    assert kernels is not None
-    slope, factors = slope.contiguous(), factors.to(slope.dtype).contiguous()
-    result = torch.empty_like(slope, dtype=dtype)
-    kernels.scale(
-        DTYPES.index(dtype),
-        ctypes.c_int64(len(slope)),
-        ctypes.c_int64(slope[:1].numel()),
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (slope, factors, result)),
+def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
+    """`plain.class_sums`."""
+    classes = spec.classes(z)
+    sums = z.new_empty((z.shape[0], classes), dtype=accumulation_dtype(z.dtype))
+    run("class_sums", spec, classes * 8, z, sums, valid=valid)
+    return sums
+
+
+def scale_grad(grad: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every image's gradient times its factor, in a dtype."""
+    grad, factors = grad.contiguous(), factors.to(grad.dtype).contiguous()
+    result = torch.empty_like(grad, dtype=dtype)
+    kernels(grad.dtype).scale_grad(
+        DTYPES[dtype],
+        grad.shape[0],
+        grad.stride(0),
+        grad.data_ptr(),
+        factors.data_ptr(),
+        result.data_ptr(),
     )
     return result
 
 
-def make_task(
-    z: Tensor,
-    guide: Tensor | None,
-    slope: Tensor | None,
+def run(
+    operator: str,
     spec: LogitsSpec,
-) -> tuple[Task, tuple[int, ...]]:
-    """How logits and slope lie in memory, and the work in chunks; the result's resolution."""
-    spatial, size, align_corners = spec.spatial(z), spec.size, spec.align_corners
-    heads = {"z": z, "guide": guide, "slope": slope}
-    flat_strides = [flat_stride(tensor) for tensor in heads.values() if tensor is not None]
-    task = Task(
-        images=z.shape[0],
-        classes=spec.classes(z),
-        channels=z.shape[1],
-        length=math.prod(spatial),
-        shape=(1, 1, 1, *spatial)[-3:],
-        dtype=DTYPES.index(z.dtype),
-        upsampled=size is not None,
-        flat=size is None and None not in flat_strides,
+    partial_bytes: int,
+    z: Tensor,
+    result: Tensor,
+    *,
+    guide: Tensor | None = None,
+    grad: Tensor | None = None,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    y: Tensor | None = None,
+    weights: Tensor | None = None,
+    potential: Potential | None = None,
+    threshold: float | None = None,
+    ignore_index: int = -1,
+) -> None:
+    """Have as many threads as PyTorch uses take chunks of the work until none is left.
+
+    partial_bytes: of the partial result of each chunk.
+    """
+    images, channels, *spatial = z.shape
+    classes = spec.classes(z)
+    shape = spec.size or spatial
+    length = math.prod(shape)
+    # Labels have the resolution of the result.
+    if spec.size is None or labels is not None:
+        chunk_size = CHUNK_PIXELS
+        chunks = -(-length // chunk_size)
+    else:
+        chunk_size = max(-(-spatial[0] // CHUNKS_OF_CELLS), 1)
+        chunks = -(-spatial[0] // chunk_size)
+    flat = spec.size is None and all(
+        flat_stride(tensor) is not None for tensor in (z, guide, grad) if tensor is not None
     )
-    task.tensors = tuple(heads.values())
-    for name, tensor in heads.items():
-        if tensor is None:
-            continue
-        head = Head(tensor.data_ptr(), strides(tensor, task.flat))
-        if size is not None:
-            head.rows = Axis(*axis(tensor.shape[2], size[0], align_corners))
-            head.columns = Axis(*axis(tensor.shape[3], size[1], align_corners))
-        setattr(task, name, head)
-    set_chunks(task, upsampled=size is not None)
-    return task, spatial
-
-
-def set_chunks(task: Task, upsampled: bool) -> None:
-    """Cut every image into chunks, whatever the number of threads."""
-    parts = task.z.rows.source if upsampled else task.length
-    task.chunk_size = -(-parts // CHUNKS_OF_CELLS) if upsampled else CHUNK_PIXELS
-    task.chunks = -(-parts // max(task.chunk_size, 1))
-
-
-def run(operator: str, task: Task, dtype: torch.dtype) -> None:
-    """Have as many threads as PyTorch uses take chunks of the task until none is left."""
-    kernels = library(dtype)
-    assert kernels is not None
-    kernel: Any = getattr(kernels, operator)
-    pointer = ctypes.byref(task)
-    helpers = min(
-        torch.get_num_threads(),
-        task.images * task.chunks,
-        task.images * task.length * task.classes // LOGITS_PER_THREAD,
+    valid = None if valid is None else valid.contiguous()
+    q = shift = offset = 0.0
+    if isinstance(potential, Tsallis):
+        q, shift, offset = potential.q, potential.shift(), potential.offset
+    task = TASK.pack(
+        *view(z, flat, spec),
+        *(NO_TENSOR if guide is None else view(guide, flat, spec)),
+        *(NO_TENSOR if grad is None else view(grad, flat, spec)),
+        *(pointer(labels), pointer(valid), pointer(y), pointer(weights), result.data_ptr()),
+        *(images, classes, channels, length, *(1,) * (3 - len(shape)), *shape),
+        *(chunks, chunk_size, ignore_index),
+        *(q, shift, shift + offset, threshold or 0.0),
+        DTYPES[z.dtype],
+        0 if labels is None else DTYPES[labels.dtype],
+        y is not None and y.dtype != torch.int8,
+        0 if potential is None else potential.kind(),
+        spec.size is not None,
+        flat,
+        weights is not None and weights.shape[1] > 1,
+        threshold is not None,
     )
-    futures = HELPERS.call(kernel, pointer, helpers - 1)
-    done = [kernel(pointer)]
+    total = images * chunks
+    partials = bytearray(ctypes.sizeof(Progress) + total * partial_bytes)
+    arguments = (task, ctypes.byref(Progress.from_buffer(partials)))
+    kernel = getattr(kernels(z.dtype), operator)
+    threads = min(total, images * length * classes // LOGITS_PER_THREAD)
+    futures = []
+    if threads > 1:
+        # A thread may outlive an interrupt of its caller: the tensors must live as long.
+        tensors = (z, result, guide, grad, labels, valid, y, weights)
+        threads = min(threads, torch.get_num_threads())
+        futures = HELPERS.call(kernel, arguments, tensors, threads - 1)
+    done = [kernel(*arguments)]
     # A thread that has not begun is not needed any more.
     done += [future.result() for future in futures if not future.cancel()]
     if not all(done):
         raise MemoryError("no memory for the scratch of maxsquare's kernels")
-    getattr(kernels, f"finish_{operator}")(pointer)
+
+
+def view(tensor: Tensor, flat: bool, spec: LogitsSpec) -> tuple[int, ...]:
+    """As `TensorView` in cpu.cpp."""
+    axes = NO_AXES
+    if spec.size is not None:
+        (height, width), (rows, columns) = spec.size, tensor.shape[2:]
+        axes = (*axis(rows, height, spec.align_corners), *axis(columns, width, spec.align_corners))
+    return tensor.data_ptr(), *strides(tensor, flat), *axes
+
+
+def pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def kernels(dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernels for logits of a dtype, which there are."""
+    found = library(accumulation_dtype(dtype))
+    assert found is not None
+    return checked(found)
+
+
+@functools.cache
+def checked(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The same, if C++ and Python agree on what they exchange."""
+    for name, size in (("task_bytes", TASK.size), ("progress_bytes", ctypes.sizeof(Progress))):
+        assert ctypes.c_int64.in_dll(library, name).value == size, name
+    numbers, pointers = (ctypes.c_int, *[ctypes.c_int64] * 2), [ctypes.c_void_p] * 3
+    library.scale_grad.argtypes = (*numbers, *pointers)
+    return library
 
 
 class Helpers:
@@ -233,11 +242,13 @@ class Helpers:
     """
 
     def __init__(self) -> None:
-        self.calls: SimpleQueue[tuple[Future[int], Any, Any]] = SimpleQueue()
+        self.calls: SimpleQueue[tuple[Future[int], Any, tuple[Any, ...], Any]] = SimpleQueue()
         self.threads: list[threading.Thread] = []
 
-    def call(self, kernel: Any, pointer: Any, count: int) -> list[Future[int]]:
-        """Have so many threads call a kernel, or as many as there are."""
+    def call(
+        self, kernel: Any, arguments: tuple[Any, ...], tensors: Any, count: int
+    ) -> list[Future[int]]:
+        """Have so many threads call a kernel, or as many as there are, and keep its tensors."""
         with contextlib.suppress(RuntimeError):  # no more threads can be started
             # To count processors takes longer than all else here.
             while len(self.threads) < count and len(self.threads) < (os.cpu_count() or 1):
@@ -246,16 +257,16 @@ class Helpers:
                 self.threads.append(thread)
         futures: list[Future[int]] = [Future() for _ in range(min(count, len(self.threads)))]
         for future in futures:
-            self.calls.put((future, kernel, pointer))
+            self.calls.put((future, kernel, arguments, tensors))
         return futures
 
     def work(self) -> None:
         """Call, one after the other, what no caller has taken back."""
         while True:
-            future, kernel, pointer = self.calls.get()
+            future, kernel, arguments, tensors = self.calls.get()
             if future.set_running_or_notify_cancel():
-                future.set_result(kernel(pointer))
-            del future, kernel, pointer  # else the tensors would live until the next call
+                future.set_result(kernel(*arguments))
+            del future, kernel, arguments, tensors  # else they would live until the next call
 
 
 HELPERS = Helpers()
