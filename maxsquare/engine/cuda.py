@@ -1,13 +1,14 @@
-"""The two operators on NVIDIA GPUs: Triton kernels that never hold full-resolution tensors.
+"""The operators on NVIDIA GPUs: Triton kernels that never hold full-resolution tensors.
 
-A program takes a tile of pixels with all their classes: BLOCK_M pixels or, where the logits are
-upsampled, those of a low-resolution cell, BLOCK_M at a time. The latter depend on the logits at the
-corners of the cell only, so their slope leaves as four contributions, one to each corner. Every
-program writes to places of its own, and what they wrote is added in a fixed order: the results are
-deterministic, without atomics.
+Every kernel works on tiles [BLOCK_C, BLOCK_M] of classes and pixels. At full resolution the pixels
+of a tile are neighbours, read and written 16 bytes at a time. Upsampled pixels lie between the
+corners of low-resolution cells: a program takes a strip of neighbouring cells, a lane for each of
+their columns, and goes down it row by row. It reads a row of corners once, for the cells above and
+below, and sums the gradient of these corners in registers. Corners that two strips share are added
+afterwards in a fixed order: the results are deterministic, without atomics.
 
-Reductions over more classes than BLOCK_C read them chunk after chunk, and each chunk's slope has a
-program of its own. The letters are those of potentials.py.
+With more classes than BLOCK_C, reductions read them chunk after chunk, and each chunk's gradient has
+a program of its own. The letters are those of potentials.py.
 """
 
 # Triton publishes no type hints, and its kernels have none.
@@ -29,416 +30,841 @@ from maxsquare.engine.layout import axis, flat_stride, strides
 from maxsquare.engine.plain import LOWEST_LOGIT, LogitsSpec, accumulation_dtype, index_dtype
 from maxsquare.potentials import (
     CROSS_ENTROPY,
+    LINEAR,
     POWER,
     SHANNON,
     SQUARE,
     CrossEntropy,
+    Linear,
     Potential,
     Tsallis,
 )
 
-# The first whose kernels take tuples, and constants with fields.
+# The first whose kernels take constants with fields.
 TRITON = (3, 4)
-WARPS = 4
-# Elements of a tile: 16 of a thread's 255 registers for the logits, as many for each step.
-TILE = 2048
 MAX_CLASSES = 256
-# With fewer neighbouring pixels, loads of half-precision logits waste bandwidth.
-MIN_PIXELS, MAX_PIXELS = 32, 256
-# A row of a cell at stride 8.
-MIN_CELL_PIXELS = 8
-ELEMENTS_PER_WARP = TILE // WARPS
-# Of a program that counts classes.
-COUNTED_PIXELS, COUNTED_CLASSES = 1024, 32
-# Horner steps of expm1: for |u| < 1/2 the next term is below a rounding of float64.
-EXPM1_TERMS = tl.constexpr(16)
+# Elements of a warp's tile: of 19 classes, padded to 32, a thread holds 40 in registers.
+WARP_TILE = 2048
+# With fewer neighbouring pixels, a warp's loads of half-precision logits are not 16 bytes a lane.
+MIN_PIXELS, MAX_PIXELS = 64, 1024
+# Of a thread at full resolution: 20 warps of a multiprocessor keep its memory busy.
+REGISTERS = 96
+# Columns of a strip, and classes of a lane: two rows of corners and of their gradients.
+LANES, LANE_CLASSES = 32, 32
+# Longer programs share more corners, and need less memory for them; fewer leave a GPU idle.
+PROGRAMS = 4096
+# Pixels that a program counts, and elements that a program adds.
+COUNTED, ADDED = 2048, 1024
+LOG2E = tl.constexpr(math.log2(math.e))
+MAX_BINS = 512
 
 
-# Read ---------------------------------------------------------------------------------------------
+def kernel(function: Any) -> Any:
+    """A kernel that is not compiled again for other values of its arguments.
 
-# An axis is (scale, offset, unit, source, size), as `layout.axis` gives it: pixel k lies at source
-# position (k * scale + offset) / unit. Integers give its floor and the rest exactly.
-
-
-@triton.jit
-def _first(i, axis):
-    """The first pixel at source position i or beyond."""
-    scale, offset, unit, source, size = axis
-    first = tl.minimum((i * unit - offset + scale - 1) // scale, size)
-    return tl.where(i <= 0, 0, tl.where(i >= source, size, first))
-
-
-@triton.jit
-def _low(k, axis):
-    """The source row (column) at or before pixel k."""
-    scale, offset, unit, source, size = axis
-    return tl.minimum(tl.maximum(k * scale + offset, 0) // unit, source - 1)
-
-
-@triton.jit
-def _share(k, low, axis, DTYPE: tl.constexpr):
-    """The share of the next source row (column) in pixel k; the last one has none beside it."""
-    scale, offset, unit, source, size = axis
-    rest = tl.maximum(k * scale + offset - low * unit, 0)
-    return tl.where(low < source - 1, rest.to(DTYPE) / unit, 0.0)
-
-
-@triton.jit
-def _read(head, n, c, pixel, seen, shape, FORM: tl.constexpr):
-    """Logits of classes c (BLOCK_C, 1) at pixels (1, BLOCK_M) of image n; 0 where not seen."""
-    ptr, strides, rows, columns = head
-    ptr += n * strides[0] + c.to(tl.int64) * strides[1]
-    # A binary problem has one channel, and 0 for its second class.
-    mask = seen & (c < FORM.channels)
-    if FORM.upsampled:
-        row, column = pixel // shape[2], pixel % shape[2]
-        i, j = _low(row, rows), _low(column, columns)
-        down = _share(row, i, rows, FORM.dtype)
-        across = _share(column, j, columns, FORM.dtype)
-        ptr += i * strides[3] + j * strides[4]
-        below = tl.where(i < rows[3] - 1, strides[3], 0)
-        right = tl.where(j < columns[3] - 1, strides[4], 0)
-        upper = tl.load(ptr, mask=mask, other=0).to(FORM.dtype) * (1 - across)
-        upper += tl.load(ptr + right, mask=mask, other=0).to(FORM.dtype) * across
-        lower = tl.load(ptr + below, mask=mask, other=0).to(FORM.dtype) * (1 - across)
-        lower += tl.load(ptr + below + right, mask=mask, other=0).to(FORM.dtype) * across
-        x = upper * (1 - down) + lower * down
-    else:
-        x = tl.load(ptr + _offset(pixel, strides, shape, FORM), mask=mask, other=0).to(FORM.dtype)
-    return tl.where(c < FORM.classes, x, -float("inf"))
-
-
-@triton.jit
-def _offset(pixel, strides, shape, FORM: tl.constexpr):
-    if FORM.flat:
-        offset = pixel * strides[4]
-    else:
-        row = pixel // shape[2]
-        offset = row // shape[1] * strides[2] + row % shape[1] * strides[3]
-        offset += pixel % shape[2] * strides[4]
-    return offset
-
-
-@triton.jit
-def _extent(tile, rows, columns, length, FORM: tl.constexpr):
-    """A tile's number of pixels; of an upsampled cell also its width, first row and column."""
-    if FORM.upsampled:
-        i, j = tile // columns[3], tile % columns[3]
-        row, column = _first(i, rows), _first(j, columns)
-        width = _first(j + 1, columns) - column
-        pixels = (_first(i + 1, rows) - row) * width
-    else:
-        pixels = tl.minimum(length - tile * FORM.block_m, FORM.block_m)
-        width, row, column = pixels, tile, tile
-    return pixels, width, row, column
-
-
-@triton.jit
-def _pixel(k, tile, width, row, column, shape, FORM: tl.constexpr):
-    """Pixel k of a tile as one of its image."""
-    if FORM.upsampled:
-        pixel = (row + k // width) * shape[2] + column + k % width
-    else:
-        pixel = tile * FORM.block_m + k
-    return pixel
+    Triton specialises integers that are 1 or divisible by 16. What a kernel must know of strides
+    stands in its KernelConfig instead.
+    """
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    varying = [name for name in names if not name.endswith("_ptr") and not name.isupper()]
+    return triton.jit(do_not_specialize=varying)(function)
 
 
 # Potentials ---------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _normaliser(head, n, pixel, seen, shape, FORM: tl.constexpr):
+def _softmax(z, HOISTED: tl.constexpr, CONFIG: tl.constexpr):
     """m and Z of p = exp(z - m) / Z."""
-    BLOCK_M: tl.constexpr = FORM.block_m
-    m = tl.full([1, BLOCK_M], -float("inf"), FORM.dtype)
-    Z = tl.zeros([1, BLOCK_M], FORM.dtype)
-    for start in range(0, FORM.classes, FORM.block_c):
-        c = start + tl.arange(0, FORM.block_c)[:, None]
-        m = tl.maximum(m, tl.max(_read(head, n, c, pixel, seen, shape, FORM), 0, keep_dims=True))
-    for start in range(0, FORM.classes, FORM.block_c):
-        c = start + tl.arange(0, FORM.block_c)[:, None]
-        x = _read(head, n, c, pixel, seen, shape, FORM)
-        Z += tl.sum(tl.exp(x - m), 0, keep_dims=True)
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    m = tl.full([1, BLOCK_M], -float("inf"), CONFIG.dtype)
+    Z = tl.zeros([1, BLOCK_M], CONFIG.dtype)
+    for start in range(0, CONFIG.classes, CONFIG.block_c):
+        x = _logits(z, start, HOISTED, CONFIG)
+        m = tl.maximum(m, tl.max(x, 0, keep_dims=True))
+    for start in range(0, CONFIG.classes, CONFIG.block_c):
+        e = _exp2((_logits(z, start, HOISTED, CONFIG) - m) * LOG2E, CONFIG)
+        Z += tl.sum(tl.where(_classes(start, CONFIG) < CONFIG.classes, e, 0.0), 0, keep_dims=True)
     return m, Z
 
 
 @triton.jit
-def _expm1(u):
-    """exp(u) - 1, by its series where the difference would lose digits."""
-    series = tl.full(u.shape, 1, u.dtype)
-    for k in tl.static_range(EXPM1_TERMS - 1):
-        series = 1 + series * u * (1 / (EXPM1_TERMS - k))
-    return tl.where(tl.abs(u) < 0.5, u * series, tl.exp(u) - 1)
+def _total(z, m, Z, y, G, G_ptr, CONFIG: tl.constexpr):
+    """The sum of t over the classes of every pixel."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    total = tl.zeros([1, BLOCK_M], CONFIG.dtype)
+    for start in range(0, CONFIG.classes, CONFIG.block_c):
+        _, t = _p_and_t(z, start, m, Z, y, G, G_ptr, CONFIG)
+        total += tl.sum(t, 0, keep_dims=True)
+    return total
 
 
 @triton.jit
-def _term(p, log_p, FORM: tl.constexpr):
-    """`Tsallis.terms`: t = p L(p)."""
-    if FORM.kind == FORM.SQUARE:
+def _p_and_t(z, start, m, Z, y, G, G_ptr, CONFIG: tl.constexpr):
+    """p and t of the classes from `start`; the potential is a constant less scale times their sum.
+
+    Cross entropy: t = [c = y] log p. Linear: t = -G p. Else that of `Tsallis.terms` over the scale.
+    """
+    c = _classes(start, CONFIG)
+    x = _logits(z, start, True, CONFIG) - m
+    p = _exp2(x * LOG2E, CONFIG) * (1 / Z)
+    log_Z = tl.log(Z)
+    if CONFIG.kind == CONFIG.CROSS_ENTROPY:
+        t = tl.where(c == y, x - log_Z, 0.0)
+    elif CONFIG.kind == CONFIG.LINEAR:
+        if CONFIG.classes > CONFIG.block_c:
+            G = _coefficients(G_ptr, start, CONFIG)
+        t = -G * p
+    elif CONFIG.kind == CONFIG.SQUARE:
         t = p * p
-    elif FORM.kind == FORM.POWER:
-        t = p * tl.exp((FORM.q - 1) * log_p) * FORM.shift
+    elif CONFIG.kind == CONFIG.SHANNON:
+        t = p * tl.maximum(x - log_Z, CONFIG.log_tiny)
     else:
-        bounded = tl.maximum(log_p, FORM.log_tiny)
-        if FORM.kind == FORM.SHANNON:
-            t = p * bounded
-        else:
-            t = p * _expm1((FORM.q - 1) * bounded) * (1 / (FORM.q - 1))
-            if FORM.q < 1:
-                # Where p has been rounded away, p^q is still something.
-                rest = tl.exp(FORM.q * log_p) * (1 / (FORM.q - 1))
-                t = tl.where(p < FORM.tiny, rest, t)
-    return t
+        t = _exp2(x * (CONFIG.q * LOG2E) - log_Z * (CONFIG.q * LOG2E), CONFIG)
+        if CONFIG.kind != CONFIG.POWER:
+            # p^q - p, by a series where the difference would lose digits.
+            u = x * (CONFIG.q - 1) - log_Z * (CONFIG.q - 1)
+            t = tl.where(tl.abs(u) < CONFIG.series_below, p * _expm1(u, CONFIG), t - p)
+    # Constants for the padding, of which the compiler then computes nothing.
+    return tl.where(c < CONFIG.classes, p, 0.0), tl.where(c < CONFIG.classes, t, 0.0)
 
 
 @triton.jit
-def _weighted_sum(
-    z_ptr, z_strides, z_rows, z_columns,
-    weights_ptr, y_ptr, valid_ptr, sums_ptr, slope_ptr, slope_strides,
-    length, shape, tiles, slope_size,
-    FORM: tl.constexpr,
-):  # fmt: skip
-    """Weighted potentials of a tile, and the slope by the logits of one chunk of classes."""
-    BLOCK_C: tl.constexpr = FORM.block_c
-    BLOCK_M: tl.constexpr = FORM.block_m
-    program, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    n, tile = program // tiles, program % tiles
-    head = z_ptr, z_strides, z_rows, z_columns
-    own = chunk * FORM.block_c + tl.arange(0, FORM.block_c)[:, None]
-    pixels, width, first_row, first_column = _extent(tile, z_rows, z_columns, length, FORM)
+def _exp2(x, CONFIG: tl.constexpr):
+    if CONFIG.flushes:
+        # Denormal results, which `tl.exp2` keeps, are most of its instructions.
+        e = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        e = tl.exp2(x)
+    return e
 
-    sums = tl.zeros([1, BLOCK_M], FORM.dtype)
-    upper_left = tl.zeros([BLOCK_C, 1], FORM.dtype)
-    upper_right, lower_left, lower_right = upper_left, upper_left, upper_left
-    for start in range(0, pixels, FORM.block_m):
-        k = start + tl.arange(0, FORM.block_m)[None, :]
-        inside = k < pixels
-        k = tl.minimum(k, pixels - 1)
-        pixel = _pixel(k, tile, width, first_row, first_column, shape, FORM)
+
+@triton.jit
+def _expm1(u, CONFIG: tl.constexpr):
+    """exp(u) - 1 of a small u, by its series."""
+    series = u * CONFIG.series[0] + CONFIG.series[1]
+    for k in tl.static_range(2, len(CONFIG.series)):
+        series = series * u + CONFIG.series[k]
+    return series * u
+
+
+@triton.jit
+def _coefficients(G_ptr, start, CONFIG: tl.constexpr):
+    """G of the classes from `start`, for every pixel, so that no layout is converted."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    c = _classes(start, CONFIG) + tl.zeros([1, BLOCK_M], tl.int32)
+    return tl.load(G_ptr + c, mask=c < CONFIG.classes, other=0)
+
+
+@triton.jit
+def _value(total, CONFIG: tl.constexpr):
+    return CONFIG.constant - CONFIG.scale * total
+
+
+@triton.jit
+def _gradient(z, start, m, Z, total, w, y, counted, G, G_ptr, CONFIG: tl.constexpr):
+    """The weighted gradient by the logits of the classes from `start`."""
+    p, t = _p_and_t(z, start, m, Z, y, G, G_ptr, CONFIG)
+    if CONFIG.kind == CONFIG.CROSS_ENTROPY:
+        gradient = (p - tl.where(_classes(start, CONFIG) == y, 1.0, 0.0)) * w
+    else:
+        gradient = (p * total - t) * (w * (CONFIG.q * CONFIG.scale))
+    if CONFIG.masked:
+        gradient = tl.where(counted, gradient, 0.0)
+    return gradient
+
+
+@triton.jit
+def _mapped(pixel, inside, n, weights_ptr, y_ptr, valid_ptr, length, CONFIG: tl.constexpr):
+    """The class and the weight of pixels, and which of them count."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    counted = inside
+    if valid_ptr is not None:
+        counted &= tl.load(valid_ptr + n * length + pixel, mask=inside, other=0) != 0
+    y = tl.zeros([1, BLOCK_M], tl.int32)
+    if y_ptr is not None:
+        y = tl.load(y_ptr + n * length + pixel, mask=inside, other=-1).to(tl.int32)
+        counted &= y >= 0
+    if CONFIG.by_class:
+        known = counted & (y < CONFIG.classes)
+        w = tl.load(weights_ptr + n * CONFIG.classes + y, mask=known, other=0)
+    elif CONFIG.kind == CONFIG.LINEAR:
+        w = tl.full([1, 1], 1, CONFIG.dtype)
+    else:
+        w = tl.load(weights_ptr + n)
+    # A pixel whose index is no class shows.
+    w = tl.where(y == CONFIG.classes, float("nan"), w)
+    return y, tl.where(counted, w, 0.0), counted
+
+
+# Read ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _first_class(CONFIG: tl.constexpr):
+    """The first class of this program's chunk, known to the compiler if there is only one."""
+    if CONFIG.classes <= CONFIG.block_c:
+        start = 0
+    else:
+        start = tl.program_id(1) * CONFIG.block_c
+    return start
+
+
+@triton.jit
+def _classes(start, CONFIG: tl.constexpr):
+    return start + tl.arange(0, CONFIG.block_c)[:, None]
+
+
+@triton.jit
+def _logits(z, start, HOISTED: tl.constexpr, CONFIG: tl.constexpr):
+    """Logits [BLOCK_C, BLOCK_M] of the classes from `start`, -inf beyond the last.
+
+    HOISTED: of upsampled logits, the interpolated corners above and below were read before.
+    """
+    c = _classes(start, CONFIG)
+    if not CONFIG.upsampled:
+        head, n, pixel, inside, shape = z
+        at = _pointers(head, n, c, pixel, shape, CONFIG)
+        # A binary problem has one channel, and 0 for its second class.
+        x = tl.load(at, mask=inside & (c < CONFIG.channels), other=0).to(CONFIG.dtype)
+    elif HOISTED and CONFIG.classes <= CONFIG.block_c:
+        head, row, column, inside, upper, lower, down = z
+        x = upper * (1 - down) + lower * down
+    else:
+        head, row, column, inside, upper, lower, down = z
+        x = _upsampled(head, c, row, column, inside, CONFIG)
+    return tl.where(c < CONFIG.classes, x, -float("inf"))
+
+
+@triton.jit
+def _pixels(tile, CONFIG: tl.constexpr):
+    first = (tl.zeros([1, 1], CONFIG.index) + tile) * CONFIG.block_m
+    return first + tl.arange(0, CONFIG.block_m)[None, :]
+
+
+@triton.jit
+def _pointers(head, n, c, pixel, shape, CONFIG: tl.constexpr):
+    """Where classes c of pixels of image n lie.
+
+    Strides of images and classes are in units of CONFIG.unit elements, by which the compiler sees
+    that it may read vectors.
+    """
+    ptr, images, classes, depths, rows, columns = head
+    ptr += n * images * CONFIG.unit
+    if CONFIG.pixels_adjoin:
+        ptr += pixel
+    elif CONFIG.flat:
+        ptr += pixel * columns
+    else:
+        line = pixel // shape[1]
+        ptr += line // shape[0] * depths + line % shape[0] * rows + pixel % shape[1] * columns
+    return ptr + (c if CONFIG.classes_adjoin else c * classes.to(CONFIG.index) * CONFIG.unit)
+
+
+# An axis is (scale, offset, denominator, source, size), as `layout.axis` gives it: pixel k lies at
+# source position (k * scale + offset) / denominator. Integers give its floor and the rest exactly.
+# Cell i lies between corners i and i + 1. Cells -1 and source - 1 have one corner, of weight 1.
+
+
+@triton.jit
+def _first(i, axis, CONFIG: tl.constexpr):
+    """The first pixel of cell i, or of one behind it."""
+    scale, offset, denominator, source, size = axis
+    return tl.maximum(
+        tl.minimum((i * denominator.to(CONFIG.index) - offset + scale - 1) // scale, size), 0
+    )
+
+
+@triton.jit
+def _lerp_weight(k, i, axis, CONFIG: tl.constexpr):
+    """The weight of corner i + 1 in pixel k of cell i."""
+    scale, offset, denominator, source, size = axis
+    rest = k * scale.to(CONFIG.index) + offset - i * denominator.to(CONFIG.index)
+    weight = rest.to(CONFIG.dtype) / denominator.to(CONFIG.dtype)
+    return tl.where(i < 0, 1.0, tl.where(i < source - 1, weight, 0.0))
+
+
+@triton.jit
+def _corner(head, c, i, j, mask, CONFIG: tl.constexpr):
+    """Logits of low resolution, 0 where there is no corner."""
+    ptr, classes, rows, columns, row_axis, column_axis = head
+    mask &= (i >= 0) & (i < row_axis[3]) & (j >= 0) & (j < column_axis[3])
+    offset = j * columns.to(CONFIG.index) + i * rows.to(CONFIG.index)
+    offset += c * classes.to(CONFIG.index)
+    x = tl.load(ptr + offset, mask=mask & (c < CONFIG.channels), other=0).to(CONFIG.dtype)
+    # `clamp_min`, which keeps NaN.
+    return tl.where(x < CONFIG.lowest, CONFIG.lowest, x)
+
+
+@triton.jit
+def _edge(head, start, i, j, across, inside, CONFIG: tl.constexpr):
+    """The corners of row i, interpolated at the columns of a strip."""
+    c = _classes(start, CONFIG)
+    left = _corner(head, c, i, j, inside, CONFIG)
+    right = _corner(head, c, i, j + 1, inside, CONFIG)
+    return left * (1 - across) + right * across
+
+
+@triton.jit
+def _upsampled(head, c, row, column, inside, CONFIG: tl.constexpr):
+    """Logits at any row and columns, all of whose corners are read."""
+    ptr, classes, rows, columns, row_axis, column_axis = head
+    i, j = _cell(row, row_axis, CONFIG), _cell(column, column_axis, CONFIG)
+    down = _lerp_weight(row, i, row_axis, CONFIG)
+    across = _lerp_weight(column, j, column_axis, CONFIG)
+    upper = _corner(head, c, i, j, inside, CONFIG) * (1 - across)
+    upper += _corner(head, c, i, j + 1, inside, CONFIG) * across
+    lower = _corner(head, c, i + 1, j, inside, CONFIG) * (1 - across)
+    lower += _corner(head, c, i + 1, j + 1, inside, CONFIG) * across
+    return upper * (1 - down) + lower * down
+
+
+@triton.jit
+def _cell(k, axis, CONFIG: tl.constexpr):
+    """The cell of pixel k."""
+    scale, offset, denominator, source, size = axis
+    position = k * scale.to(CONFIG.index) + offset
+    return tl.where(position < 0, -1, tl.minimum(position // denominator, source - 1))
+
+
+# Full resolution ----------------------------------------------------------------------------------
+
+
+@kernel
+def _weighted_sum(
+    z_ptr, z_n, z_c, z_depth, z_row, z_column,
+    grad_ptr, grad_n, grad_c, grad_depth, grad_row, grad_column,
+    weights_ptr, y_ptr, valid_ptr, sums_ptr,
+    length, height, width, tiles,
+    CONFIG: tl.constexpr,
+):  # fmt: skip
+    """The weighted potentials of a tile, and the gradient by the logits of one chunk of classes."""
+    program = tl.program_id(0)
+    n, tile = (program // tiles).to(tl.int64), program % tiles
+    length *= CONFIG.unit
+    pixel = _pixels(tile, CONFIG)
+    inside = pixel < length
+    shape = height, width
+    z = (z_ptr, z_n, z_c, z_depth, z_row, z_column), n, pixel, inside, shape
+    y, w, counted = _mapped(pixel, inside, n, weights_ptr, y_ptr, valid_ptr, length, CONFIG)
+    G_ptr = weights_ptr + n * CONFIG.classes
+    G = _coefficients(G_ptr, 0, CONFIG) if CONFIG.kind == CONFIG.LINEAR else w
+    m, Z = _softmax(z, True, CONFIG)
+    total = _total(z, m, Z, y, G, G_ptr, CONFIG)
+    start = _first_class(CONFIG)
+    if grad_ptr is not None:
+        gradient = _gradient(z, start, m, Z, total, w, y, counted, G, G_ptr, CONFIG)
+        head = grad_ptr, grad_n, grad_c, grad_depth, grad_row, grad_column
+        c = _classes(start, CONFIG)
+        at = _pointers(head, n, c, pixel, shape, CONFIG)
+        tl.store(at, gradient, mask=inside & (c < CONFIG.channels))
+    if start == 0:
+        value = tl.sum(tl.where(counted, w * _value(total, CONFIG), 0.0), 1, keep_dims=True)
+        tl.store(sums_ptr + program + tl.zeros([1, 1], tl.int32), value)
+
+
+@kernel
+def _class_sums(
+    z_ptr, z_n, z_c, z_depth, z_row, z_column,
+    valid_ptr, sums_ptr,
+    length, height, width, tiles, parts,
+    CONFIG: tl.constexpr,
+):  # fmt: skip
+    """The sums of p over every `parts`-th tile of an image, of one chunk of classes."""
+    program = tl.program_id(0)
+    n, part = (program // parts).to(tl.int64), program % parts
+    start = _first_class(CONFIG)
+    length *= CONFIG.unit
+    sums = tl.zeros([CONFIG.block_c, CONFIG.block_m], CONFIG.dtype)
+    for tile in range(part, tiles, parts):
+        pixel = _pixels(tile, CONFIG)
+        inside = pixel < length
+        z = (z_ptr, z_n, z_c, z_depth, z_row, z_column), n, pixel, inside, (height, width)
         counted = inside
         if valid_ptr is not None:
             counted &= tl.load(valid_ptr + n * length + pixel, mask=inside, other=0) != 0
-        y = tl.zeros([1, BLOCK_M], tl.int32)
-        if y_ptr is not None:
-            y = tl.load(y_ptr + n * length + pixel, mask=inside, other=-1).to(tl.int32)
-            counted &= y >= 0
-        if FORM.by_class:
-            known = counted & (y < FORM.classes)
-            w = tl.load(weights_ptr + n * FORM.classes + y, mask=known, other=0)
-        else:
-            w = tl.load(weights_ptr + n + tl.zeros([1, BLOCK_M], tl.int32))
-        # A pixel whose index is no class shows.
-        w = tl.where(y == FORM.classes, float("nan"), w)
-
-        m, Z = _normaliser(head, n, pixel, counted, shape, FORM)
-        log_Z = tl.log(Z)
-        total = tl.zeros([1, BLOCK_M], FORM.dtype)
-        for first in range(0, FORM.classes, FORM.block_c):
-            c = first + tl.arange(0, FORM.block_c)[:, None]
-            x = _read(head, n, c, pixel, counted, shape, FORM) - m
-            if FORM.kind == FORM.CROSS_ENTROPY:
-                t = tl.where(c == y, x - log_Z, 0.0)
-            else:
-                t = _term(tl.exp(x) / Z, x - log_Z, FORM)
-            total += tl.sum(t, 0, keep_dims=True)
-        sums += tl.where(counted, w * (FORM.constant - total), 0.0)
-
-        if slope_ptr is not None:
-            x = _read(head, n, own, pixel, counted, shape, FORM) - m
-            p = tl.exp(x) / Z
-            if FORM.kind == FORM.CROSS_ENTROPY:
-                slope = p - tl.where(own == y, 1.0, 0.0)
-            else:
-                slope = FORM.q * (p * total - _term(p, x - log_Z, FORM))
-            slope = tl.where(counted, w * slope, 0.0)
-            if FORM.upsampled:
-                row, column = pixel // shape[2], pixel % shape[2]
-                down = _share(row, _low(row, z_rows), z_rows, FORM.dtype)
-                across = _share(column, _low(column, z_columns), z_columns, FORM.dtype)
-                left, right = slope * (1 - across), slope * across
-                upper_left += tl.sum(left * (1 - down), 1, keep_dims=True)
-                upper_right += tl.sum(right * (1 - down), 1, keep_dims=True)
-                lower_left += tl.sum(left * down, 1, keep_dims=True)
-                lower_right += tl.sum(right * down, 1, keep_dims=True)
-            else:
-                at = slope_ptr + n * slope_strides[0] + own.to(tl.int64) * slope_strides[1]
-                at += _offset(pixel, slope_strides, shape, FORM)
-                tl.store(at, slope, mask=(own < FORM.channels) & inside)
-
-    if chunk == 0:
-        tl.store(sums_ptr + program + tl.zeros([1, 1], tl.int32), tl.sum(sums, 1, keep_dims=True))
-    if slope_ptr is not None and FORM.upsampled:
-        # A map for each corner, (2, 2, N, channels, rows, columns), each of slope_size.
-        i, j = tile // z_columns[3], tile % z_columns[3]
-        area = z_rows[3] * z_columns[3]
-        at = slope_ptr + (n * FORM.channels + own) * area + i * z_columns[3] + j
-        real = own < FORM.channels
-        below, beside = i + 1 < z_rows[3], j + 1 < z_columns[3]
-        tl.store(at, upper_left, mask=real)
-        # Step by step: of large logits twice or three times their number is beyond 32 bits.
-        at += slope_size
-        tl.store(at + 1, upper_right, mask=real & beside)
-        at += slope_size
-        tl.store(at + z_columns[3], lower_left, mask=real & below)
-        at += slope_size
-        tl.store(at + z_columns[3] + 1, lower_right, mask=real & below & beside)
+        m, Z = _softmax(z, True, CONFIG)
+        p, _ = _p_and_t(z, start, m, Z, 0, 0, None, CONFIG)
+        sums += tl.where(counted, p, 0.0)
+    c = _classes(start, CONFIG)
+    at = sums_ptr + program.to(tl.int64) * CONFIG.classes + c
+    tl.store(at, tl.sum(sums, 1, keep_dims=True), mask=c < CONFIG.classes)
 
 
-# Classes ------------------------------------------------------------------------------------------
-
-
-@triton.jit
+@kernel
 def _classify(
-    z_ptr, z_strides, z_rows, z_columns,
-    guide_ptr, guide_strides, guide_rows, guide_columns,
-    valid_ptr, y_ptr, length, shape, tiles, threshold,
-    FORM: tl.constexpr,
+    z_ptr, z_n, z_c, z_depth, z_row, z_column,
+    guide_ptr, guide_n, guide_c, guide_depth, guide_row, guide_column,
+    valid_ptr, y_ptr, threshold: tl.float64,
+    length, height, width, tiles,
+    CONFIG: tl.constexpr,
 ):  # fmt: skip
     """`plain.classify` of a tile without labels."""
-    BLOCK_M: tl.constexpr = FORM.block_m
-    program = tl.program_id(0).to(tl.int64)
-    n, tile = program // tiles, program % tiles
-    head = z_ptr, z_strides, z_rows, z_columns
-    guide = guide_ptr, guide_strides, guide_rows, guide_columns
-    pixels, width, first_row, first_column = _extent(tile, z_rows, z_columns, length, FORM)
-    for start in range(0, pixels, FORM.block_m):
-        k = start + tl.arange(0, FORM.block_m)[None, :]
-        inside = k < pixels
-        k = tl.minimum(k, pixels - 1)
-        pixel = _pixel(k, tile, width, first_row, first_column, shape, FORM)
-        if threshold is not None:
-            m, Z = _normaliser(head, n, pixel, inside, shape, FORM)
-            # The largest probability is exp(0) / Z.
-            sure = 1 / Z > threshold
-            if guide_ptr is not None:
-                guide_m, guide_Z = _normaliser(guide, n, pixel, inside, shape, FORM)
-                sure |= 1 / guide_Z > threshold
-        y = tl.zeros([1, BLOCK_M], tl.int32)
-        best = tl.full([1, BLOCK_M], -float("inf"), FORM.dtype)
-        nan = tl.zeros([1, BLOCK_M], tl.int32)
-        for first in range(0, FORM.classes, FORM.block_c):
-            c = first + tl.arange(0, FORM.block_c)[:, None]
-            score = _read(head, n, c, pixel, inside, shape, FORM)
-            if threshold is not None:
-                score = tl.exp(score - m) / Z
-                if guide_ptr is not None:
-                    x = _read(guide, n, c, pixel, inside, shape, FORM)
-                    score += tl.exp(x - guide_m) / guide_Z
-            nan = tl.maximum(nan, tl.max((score != score).to(tl.int32), 0, keep_dims=True))
-            score = tl.where(score == score, score, -float("inf"))
-            largest = tl.max(score, 0, keep_dims=True)
-            at = tl.min(tl.where(score == largest, c, FORM.classes), 0, keep_dims=True)
-            # Of equals the first: an earlier chunk wins.
-            y = tl.where(largest > best, at, y)
-            best = tl.maximum(best, largest)
-        if threshold is not None:
-            y = tl.where(sure, y, -1)
-        # Infinite logits have no probabilities either.
-        y = tl.where((nan > 0) | (best - best != 0), FORM.classes, y)
-        if valid_ptr is not None:
-            valid = tl.load(valid_ptr + n * length + pixel, mask=inside, other=0) != 0
-            y = tl.where(valid, y, -1)
-        tl.store(y_ptr + n * length + pixel, y, mask=inside)
+    program = tl.program_id(0)
+    n, tile = (program // tiles).to(tl.int64), program % tiles
+    length *= CONFIG.unit
+    pixel = _pixels(tile, CONFIG)
+    inside = pixel < length
+    shape = height, width
+    z = (z_ptr, z_n, z_c, z_depth, z_row, z_column), n, pixel, inside, shape
+    guide = z
+    if guide_ptr is not None:
+        head = guide_ptr, guide_n, guide_c, guide_depth, guide_row, guide_column
+        guide = head, n, pixel, inside, shape
+    y = _class(z, guide, guide_ptr is not None, threshold, CONFIG)
+    _store_class(y, pixel, inside, n, valid_ptr, y_ptr, length)
 
 
 @triton.jit
-def _count(y_ptr, counts_ptr, length, tiles, bins, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """How many pixels of a tile have each of some classes."""
-    program, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    n, tile = program // tiles, program % tiles
-    pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    y = tl.load(y_ptr + n * length + pixel, mask=pixel < length, other=-1).to(tl.int32)
-    counts = tl.sum((y == c).to(tl.float32), 1, keep_dims=True)
-    tl.store(counts_ptr + program * bins + c, counts.to(tl.int32), mask=c < bins)
+def _class(z, guide, GUIDED: tl.constexpr, threshold, CONFIG: tl.constexpr):
+    """The class of every pixel of a tile."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    if CONFIG.thresholded:
+        m, Z = _softmax(z, True, CONFIG)
+        limit = tl.full([1, BLOCK_M], threshold, CONFIG.dtype)
+        # The largest probability is exp(0) / Z.
+        sure = 1 / Z > limit
+        if GUIDED:
+            guide_m, guide_Z = _softmax(guide, CONFIG.alike, CONFIG)
+            sure |= 1 / guide_Z > limit
+    y = tl.zeros([1, BLOCK_M], tl.int32)
+    best = tl.full([1, BLOCK_M], -float("inf"), CONFIG.dtype)
+    nan = tl.zeros([1, BLOCK_M], tl.int32)
+    for start in range(0, CONFIG.classes, CONFIG.block_c):
+        c = _classes(start, CONFIG)
+        score = _logits(z, start, True, CONFIG)
+        if CONFIG.thresholded:
+            score = _exp2((score - m) * LOG2E, CONFIG) * (1 / Z)
+            if GUIDED:
+                x = _logits(guide, start, CONFIG.alike, CONFIG) - guide_m
+                score += _exp2(x * LOG2E, CONFIG) * (1 / guide_Z)
+        real = c < CONFIG.classes
+        nan = tl.maximum(nan, tl.max(((score != score) & real).to(tl.int32), 0, keep_dims=True))
+        score = tl.where((score == score) & real, score, -float("inf"))
+        largest = tl.max(score, 0, keep_dims=True)
+        at = tl.min(tl.where((score == largest) & real, c, CONFIG.classes), 0, keep_dims=True)
+        # Of equals the first: an earlier chunk wins.
+        y = tl.where(largest > best, at, y)
+        best = tl.maximum(best, largest)
+    if CONFIG.thresholded:
+        y = tl.where(sure, y, -1)
+    # Infinite logits have no probabilities either.
+    return tl.where((nan > 0) | (best - best != 0), CONFIG.classes, y)
+
+
+@triton.jit
+def _store_class(y, pixel, inside, n, valid_ptr, y_ptr, length):
+    if valid_ptr is not None:
+        valid = tl.load(valid_ptr + n * length + pixel, mask=inside, other=0) != 0
+        y = tl.where(valid, y, -1)
+    tl.store(y_ptr + n * length + pixel, y, mask=inside)
+
+
+@kernel
+def _count(
+    y_ptr, counts_ptr, length, parts, bins,
+    BLOCK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """How many pixels in every `parts`-th block of an image have each of some classes."""
+    program = tl.program_id(0)
+    n, part = (program // parts).to(tl.int64), program % parts
+    first = tl.program_id(1) * (BINS - 1)
+    counts = tl.zeros([BINS], tl.int32)
+    for block in range(part, (length + BLOCK - 1) // BLOCK, parts):
+        pixel = (tl.zeros([1], tl.int64) + block) * BLOCK + tl.arange(0, BLOCK)
+        y = tl.load(y_ptr + n * length + pixel, mask=pixel < length, other=-1).to(tl.int32) - first
+        # The last bin has all other pixels.
+        counts += tl.histogram(tl.where((y < 0) | (y >= BINS - 1), BINS - 1, y), BINS)
+    bin = tl.arange(0, BINS)
+    at = counts_ptr + program.to(tl.int64) * bins + first + bin
+    tl.store(at, counts, mask=(bin < BINS - 1) & (first + bin < bins))
+
+
+# Upsampled ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _strip(program, first_i, first_j, band, bands, strips, column_axis, CONFIG: tl.constexpr):
+    """A program's image, band of cell rows, and cells, columns and weights of its lanes.
+
+    Wide cells have several strips, each of one cell: CONFIG.parts.
+    """
+    SLOTS: tl.constexpr = CONFIG.slots
+    n = (program // (strips * bands)).to(tl.int64)
+    strip = program % strips
+    lane = tl.arange(0, CONFIG.block_m)[None, :]
+    first = first_j + strip // CONFIG.parts * (CONFIG.block_m // SLOTS)
+    j = first + lane // SLOTS
+    column = _first(j, column_axis, CONFIG) + strip % CONFIG.parts * SLOTS + lane % SLOTS
+    inside = (column < _first(j + 1, column_axis, CONFIG)) & (j < column_axis[3])
+    across = _lerp_weight(column, j, column_axis, CONFIG)
+    return n, strip, program // strips % bands, first, j, column, inside, across
+
+
+@kernel
+def _weighted_sum_upsampled(
+    z_ptr, z_n, z_c, z_row, z_column,
+    weights_ptr, y_ptr, valid_ptr, sums_ptr,
+    grad_ptr, right_ptr, below_ptr, grad_size, below_size,
+    row_scale, row_offset, row_denominator, row_source, row_size,
+    column_scale, column_offset, column_denominator, column_source, column_size,
+    first_i, first_j, band, bands, strips,
+    length, CONFIG: tl.constexpr,
+):  # fmt: skip
+    """The weighted potentials of a strip, and the gradient by its corners of one chunk of classes.
+
+    Corners belong to the strip and the band of cells on their right and below. What a strip owes
+    those of the next strip goes to `right`, what it owes those of the next band to `below`.
+    """
+    C: tl.constexpr = CONFIG.block_c
+    M: tl.constexpr = CONFIG.block_m
+    rows = row_scale, row_offset, row_denominator, row_source, row_size
+    columns = column_scale, column_offset, column_denominator, column_source, column_size
+    n, strip, b, first_cell, j, column, inside, across = _strip(
+        tl.program_id(0), first_i, first_j, band, bands, strips, columns, CONFIG
+    )
+    start = _first_class(CONFIG)
+    head = z_ptr + n * z_n, z_c, z_row, z_column, rows, columns
+    G_ptr = weights_ptr + n * CONFIG.classes
+    G = _coefficients(G_ptr, 0, CONFIG) if CONFIG.kind == CONFIG.LINEAR else across
+    c = _classes(start, CONFIG)
+    part = (strip % CONFIG.parts).to(tl.int64)
+    first = first_i + b * band
+    end = tl.minimum(first + band, row_source)
+    sums = tl.zeros([1, M], CONFIG.dtype)
+    g_upper = tl.zeros([C, M], CONFIG.dtype)
+    upper = _edge(head, start, first, j, across, inside, CONFIG)
+    for i in range(first, end):
+        lower = _edge(head, start, i + 1, j, across, inside, CONFIG)
+        g_lower = tl.zeros([C, M], CONFIG.dtype)
+        for row in range(_first(i, rows, CONFIG), _first(i + 1, rows, CONFIG)):
+            down = _lerp_weight(row, i, rows, CONFIG)
+            pixel = row * column_size.to(CONFIG.index) + column
+            z = head, row, column, inside, upper, lower, down
+            y, w, counted = _mapped(pixel, inside, n, weights_ptr, y_ptr, valid_ptr, length, CONFIG)
+            m, Z = _softmax(z, True, CONFIG)
+            total = _total(z, m, Z, y, G, G_ptr, CONFIG)
+            sums += tl.where(counted, w * _value(total, CONFIG), 0.0)
+            if grad_ptr is not None:
+                g = _gradient(z, start, m, Z, total, w, y, counted, G, G_ptr, CONFIG)
+                g_upper += g * (1 - down)
+                g_lower += g * down
+        if grad_ptr is not None:
+            line = (n * CONFIG.channels + c) * row_source + i
+            at = grad_ptr + part * grad_size + line * column_source
+            beside = right_ptr + line * strips + strip
+            real = (c < CONFIG.channels) & (i >= 0)
+            _store_corners(g_upper, across, at, beside, real, first_cell, column_source, CONFIG)
+            g_upper = g_lower
+        upper = lower
+    if start == 0:
+        at = sums_ptr + tl.program_id(0) + tl.zeros([1, 1], tl.int32)
+        tl.store(at, tl.sum(sums, 1, keep_dims=True))
+    if grad_ptr is not None:
+        line = (n * CONFIG.channels + c) * bands + b
+        at = below_ptr + part * below_size + line * (column_source + strips)
+        beside = below_ptr + line * (column_source + strips) + column_source + strip
+        real = c < CONFIG.channels
+        _store_corners(g_upper, across, at, beside, real, first_cell, column_source, CONFIG)
+
+
+@triton.jit
+def _store_corners(g, across, at, beside, real, first_cell, columns, CONFIG: tl.constexpr):
+    """Sum the gradient over the columns of every cell, for the corners left and right of it."""
+    CELLS: tl.constexpr = CONFIG.block_m // CONFIG.slots
+    left = tl.sum(tl.reshape(g * (1 - across), [CONFIG.block_c, CELLS, CONFIG.slots]), 2)
+    right = tl.sum(tl.reshape(g * across, [CONFIG.block_c, CELLS, CONFIG.slots]), 2)
+    cell = tl.arange(0, CELLS)[None, :]
+    # The corner left of a cell is right of the one before it; that right of the last comes round.
+    before = tl.zeros([CONFIG.block_c, CELLS], tl.int32) + (cell + CELLS - 1) % CELLS
+    right = tl.gather(right, before, 1)
+    j = first_cell + cell
+    tl.store(at + j, left + tl.where(cell > 0, right, 0.0), mask=real & (j >= 0) & (j < columns))
+    tl.store(beside + 0 * cell, right, mask=real & (cell == 0))
+
+
+@kernel
+def _combine(
+    z_ptr, z_n, z_c, z_row, z_column,
+    partial_ptr, sums_ptr, own_ptr, right_ptr, below_ptr, grad_ptr, grad_size, below_size,
+    images, rows, columns, first_i, first_j, band, bands, strips,
+    BLOCK: tl.constexpr, CONFIG: tl.constexpr,
+):  # fmt: skip
+    """Add the sums of an image, or what programs left for some corners of one class."""
+    program = tl.program_id(0)
+    if program < images:
+        programs = bands * strips
+        partial_at = partial_ptr + program.to(tl.int64) * programs
+        sums = tl.zeros([BLOCK], CONFIG.dtype)
+        for start in range(0, programs, BLOCK):
+            partial = start + tl.arange(0, BLOCK)
+            sums += tl.load(partial_at + partial, mask=partial < programs, other=0)
+        tl.store(sums_ptr + program, tl.sum(sums, 0))
+    else:
+        blocks = (rows.to(CONFIG.index) * columns + BLOCK - 1) // BLOCK
+        map = ((program - images) // blocks).to(tl.int64)
+        k = (program - images) % blocks * BLOCK + tl.arange(0, BLOCK)
+        inside = k < rows.to(CONFIG.index) * columns
+        i, j = k // columns, k % columns
+        # The strip and the band of cells that own the corner, and whether it is their first.
+        CELLS: tl.constexpr = CONFIG.block_m // CONFIG.slots
+        strip, b = (j - first_j) // CELLS, (i - first_i) // band
+        owed = inside & ((j - first_j) % CELLS == 0) & (strip > 0)
+        below = inside & ((i - first_i) % band == 0) & (b > 0)
+        own_at = own_ptr + map * rows * columns + k
+        right_at = right_ptr + (map * rows + i) * strips
+        below_at = below_ptr + (map * bands + b - 1) * (columns + strips)
+        grad = tl.zeros([BLOCK], CONFIG.dtype)
+        for part in range(CONFIG.parts):
+            before = (strip - 1) * CONFIG.parts + part
+            own = part * grad_size.to(tl.int64)
+            grad += tl.load(own_at + own, mask=inside, other=0)
+            grad += tl.load(right_at + before, mask=owed, other=0)
+            grad += tl.load(below_at + part * below_size.to(tl.int64) + j, mask=below, other=0)
+            grad += tl.load(below_at + columns + before, mask=owed & below, other=0)
+        z_at = z_ptr + map // CONFIG.channels * z_n + map % CONFIG.channels * z_c
+        z_at += i * z_row.to(CONFIG.index) + j * z_column.to(CONFIG.index)
+        x = tl.load(z_at, mask=inside, other=0).to(CONFIG.dtype)
+        # Where the logits are clamped it is 0.
+        grad_at = grad_ptr + map * rows * columns + k
+        tl.store(grad_at, tl.where(x < CONFIG.lowest, 0.0, grad), mask=inside)
+
+
+@kernel
+def _class_sums_upsampled(
+    z_ptr, z_n, z_c, z_row, z_column, valid_ptr, sums_ptr,
+    row_scale, row_offset, row_denominator, row_source, row_size,
+    column_scale, column_offset, column_denominator, column_source, column_size,
+    first_i, first_j, band, bands, strips,
+    length, CONFIG: tl.constexpr,
+):  # fmt: skip
+    """The sums of p over a strip, of one chunk of classes."""
+    C: tl.constexpr = CONFIG.block_c
+    M: tl.constexpr = CONFIG.block_m
+    rows = row_scale, row_offset, row_denominator, row_source, row_size
+    columns = column_scale, column_offset, column_denominator, column_source, column_size
+    n, strip, b, first_cell, j, column, inside, across = _strip(
+        tl.program_id(0), first_i, first_j, band, bands, strips, columns, CONFIG
+    )
+    start = _first_class(CONFIG)
+    head = z_ptr + n * z_n, z_c, z_row, z_column, rows, columns
+    first = first_i + b * band
+    sums = tl.zeros([C, M], CONFIG.dtype)
+    upper = _edge(head, start, first, j, across, inside, CONFIG)
+    for i in range(first, tl.minimum(first + band, row_source)):
+        lower = _edge(head, start, i + 1, j, across, inside, CONFIG)
+        for row in range(_first(i, rows, CONFIG), _first(i + 1, rows, CONFIG)):
+            down = _lerp_weight(row, i, rows, CONFIG)
+            z = head, row, column, inside, upper, lower, down
+            counted = inside
+            if valid_ptr is not None:
+                pixel = row * column_size.to(CONFIG.index) + column
+                valid = tl.load(valid_ptr + n * length + pixel, mask=inside, other=0)
+                counted &= valid != 0
+            m, Z = _softmax(z, True, CONFIG)
+            p, _ = _p_and_t(z, start, m, Z, 0, 0, None, CONFIG)
+            sums += tl.where(counted, p, 0.0)
+        upper = lower
+    c = _classes(start, CONFIG)
+    at = sums_ptr + tl.program_id(0).to(tl.int64) * CONFIG.classes + c
+    tl.store(at, tl.sum(sums, 1, keep_dims=True), mask=c < CONFIG.classes)
+
+
+@kernel
+def _classify_upsampled(
+    z_ptr, z_n, z_c, z_row, z_column,
+    guide_ptr, guide_n, guide_c, guide_row, guide_column,
+    valid_ptr, y_ptr, threshold: tl.float64,
+    row_scale, row_offset, row_denominator, row_source, row_size,
+    column_scale, column_offset, column_denominator, column_source, column_size,
+    first_i, first_j, band, bands, strips,
+    guide_row_scale, guide_row_offset, guide_row_denominator, guide_row_source, guide_row_size,
+    guide_column_scale, guide_column_offset, guide_column_denominator, guide_column_source,
+    guide_column_size, length, CONFIG: tl.constexpr,
+):  # fmt: skip
+    """`plain.classify` of a strip without labels; a guide may have another resolution."""
+    rows = row_scale, row_offset, row_denominator, row_source, row_size
+    columns = column_scale, column_offset, column_denominator, column_source, column_size
+    n, _, b, _, j, column, inside, across = _strip(
+        tl.program_id(0), first_i, first_j, band, bands, strips, columns, CONFIG
+    )
+    head = z_ptr + n * z_n, z_c, z_row, z_column, rows, columns
+    first = first_i + b * band
+    upper = _edge(head, 0, first, j, across, inside, CONFIG)
+    guide_head, guide_upper, guide_lower = head, upper, upper
+    if guide_ptr is not None:
+        guide_head = (
+            guide_ptr + n * guide_n, guide_c, guide_row, guide_column,
+            (guide_row_scale, guide_row_offset, guide_row_denominator, guide_row_source,
+             guide_row_size),
+            (guide_column_scale, guide_column_offset, guide_column_denominator,
+             guide_column_source, guide_column_size),
+        )  # fmt: skip
+        if CONFIG.alike:
+            guide_upper = _edge(guide_head, 0, first, j, across, inside, CONFIG)
+    for i in range(first, tl.minimum(first + band, row_source)):
+        lower = _edge(head, 0, i + 1, j, across, inside, CONFIG)
+        if guide_ptr is not None and CONFIG.alike:
+            guide_lower = _edge(guide_head, 0, i + 1, j, across, inside, CONFIG)
+        for row in range(_first(i, rows, CONFIG), _first(i + 1, rows, CONFIG)):
+            down = _lerp_weight(row, i, rows, CONFIG)
+            pixel = row * column_size.to(CONFIG.index) + column
+            z = head, row, column, inside, upper, lower, down
+            guide = guide_head, row, column, inside, guide_upper, guide_lower, down
+            y = _class(z, guide, guide_ptr is not None, threshold, CONFIG)
+            _store_class(y, pixel, inside, n, valid_ptr, y_ptr, length)
+        upper, guide_upper = lower, guide_lower
 
 
 # Launch -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Form:
+class KernelConfig:
     """What a kernel is compiled for."""
 
     classes: int
     channels: int
     block_c: int
     block_m: int
-    upsampled: bool
-    flat: bool
     dtype: tl.dtype
+    index: tl.dtype
+    upsampled: bool
+    # At full resolution: one stride leads through all pixels; it is 1, or that of classes is.
+    flat: bool = False
+    pixels_adjoin: bool = False
+    classes_adjoin: bool = False
+    unit: int = 1
+    # Upsampled: columns of a cell in a strip, strips of a cell.
+    slots: int = 1
+    parts: int = 1
+    # Classify.
+    thresholded: bool = False
+    alike: bool = True
+    # Weighted sum.
     kind: int = CROSS_ENTROPY
-    q: float = 0
-    shift: float = 0
+    q: float = 1
+    scale: float = 1
     constant: float = 0
     by_class: bool = False
-    tiny: float = 0
+    masked: bool = False
     log_tiny: float = 0
+    series: tuple[float, ...] = ()
+    series_below: float = 0
+    flushes: bool = False
+    lowest: float = LOWEST_LOGIT
     SQUARE: int = SQUARE
     SHANNON: int = SHANNON
     POWER: int = POWER
     CROSS_ENTROPY: int = CROSS_ENTROPY
+    LINEAR: int = LINEAR
 
 
 class Launch:
-    """What both operators tell their kernels of the heads, which differ in resolution only."""
+    """How the kernels of one call cut its pixels, and what they are told of its tensors."""
 
-    def __init__(
-        self,
-        heads: list[Tensor],
-        spec: LogitsSpec,
-        **form: Any,
-    ) -> None:
-        z = heads[0]
+    def __init__(self, z: Tensor, spec: LogitsSpec, others: list[Tensor], **options: Any) -> None:
+        """others: logits at the same pixels."""
         dtype = accumulation_dtype(z.dtype)
-        spatial, size, align_corners = spec.spatial(z), spec.size, spec.align_corners
-        classes = spec.classes(z)
+        classes, spatial = spec.classes(z), spec.spatial(z)
+        self.z, self.images, self.length = z, len(z), math.prod(spatial)
         block_c = min(triton.next_power_of_2(classes), MAX_CLASSES)
-        tile = TILE * 4 // dtype.itemsize
-        self.length = math.prod(spatial)
-        if size is None:
-            block_m = min(max(tile // block_c, MIN_PIXELS), MAX_PIXELS)
-            self.tiles = triton.cdiv(self.length, block_m)
+        self.chunks = triton.cdiv(classes, block_c)
+        wide = dtype.itemsize // 4
+        if spec.size is None:
+            block_m = min(max(WARP_TILE // wide // block_c, MIN_PIXELS), MAX_PIXELS)
+            self.programs = triton.cdiv(self.length, block_m)
+            warps = max(1, block_c * block_m * wide // WARP_TILE)
+            heads = [z, *others]
+            flat = all(flat_stride(head) is not None for head in heads)
+            steps = [strides(head, flat) for head in heads]
+            options["flat"] = flat
+            options["pixels_adjoin"] = flat and all(step[4] == 1 for step in steps)
+            options["classes_adjoin"] = all(step[1] == 1 for step in steps)
+            # Vectors need no more than 16 bytes: 8 elements of half precision.
+            vector = 8 if options["pixels_adjoin"] else 1
+            unit = math.gcd(vector, self.length, *(s for step in steps for s in step[:2]))
+            options["unit"] = unit
+            self.heads = [
+                (head, step[0] // unit, step[1] // unit, *step[2:])
+                for head, step in zip(heads, steps, strict=True)
+            ]
+            shape = (1, 1, *spatial)[-2:]
+            self.geometry: tuple[int, ...] = (self.length // unit, *shape, self.programs)
+            reach = [self.length]
         else:
-            self.tiles = z.shape[2] * z.shape[3]
-            pixels = triton.next_power_of_2(triton.cdiv(self.length, self.tiles))
-            block_m = min(pixels, max(tile // block_c, MIN_CELL_PIXELS))
-        flat = size is None and all(flat_stride(head) is not None for head in heads)
-        self.shape = (1, 1, 1, *spatial)[-3:]
-        self.form = Form(
+            # Aligned corners of a single row would lie at any pixel.
+            axes = [
+                [
+                    axis(source, pixels, spec.align_corners and source > 1)
+                    for source, pixels in zip(head.shape[2:], spec.size, strict=True)
+                ]
+                for head in (z, *others)
+            ]
+            rows, columns = axes[0]
+            widest = triton.cdiv(columns[2], columns[0])
+            slots = min(triton.next_power_of_2(widest), LANES)
+            parts = triton.cdiv(widest, slots)
+            # Pixels before the first corner have a cell of their own.
+            first_i, first_j = (-1 if offset < 0 else 0 for _, offset, *_ in (rows, columns))
+            cell_rows = rows[3] - first_i
+            self.strips = triton.cdiv(columns[3] - first_j, LANES // slots) * parts
+            self.band = max(1, self.images * cell_rows * self.strips // PROGRAMS)
+            self.bands = triton.cdiv(cell_rows, self.band)
+            self.programs, self.first = self.bands * self.strips, (first_i, first_j)
+            block_m = LANES
+            warps = max(1, block_c * wide // LANE_CLASSES)
+            self.heads = [(head, *head.stride()) for head in (z, *others)]
+            self.cut = (*self.first, self.band, self.bands, self.strips)
+            self.geometry = (*rows, *columns, *self.cut)
+            self.guide_axes = [n for ax in axes[-1] for n in ax]
+            options |= {
+                "slots": slots,
+                "parts": parts,
+                "alike": all(head.shape == z.shape for head in others),
+            }
+            reach = [self.length, *(2 * scale * size for scale, _, _, _, size in (*axes[0], *axes[-1]))]
+        for head in (z, *others):
+            sizes = zip(head.shape[1:], head.stride()[1:], strict=True)
+            reach.append(sum((size - 1) * stride for size, stride in sizes))
+        self.options: dict[str, Any] = {"num_warps": warps, "num_stages": 1}
+        self.config = KernelConfig(
             classes=classes,
             channels=z.shape[1],
             block_c=block_c,
             block_m=block_m,
-            upsampled=size is not None,
-            flat=flat,
             dtype=tl.float64 if dtype == torch.float64 else tl.float32,
-            tiny=torch.finfo(dtype).tiny,
-            log_tiny=math.log(torch.finfo(dtype).tiny),
-            **form,
+            # Within an image, 32 bits suffice for all but the largest.
+            index=tl.int32 if max(reach) < 2**30 else tl.int64,
+            upsampled=spec.size is not None,
+            # The first term that is left out, and the digits that a difference loses beyond, are
+            # roundings.
+            series_below=1 / 2 if wide == 2 else 1 / 32,
+            series=tuple(1 / math.factorial(k) for k in range(16 if wide == 2 else 3, 0, -1)),
+            flushes=wide == 1 and isinstance(_count, triton.runtime.JITFunction),
+            **options,
         )
-        self.heads = []
-        for head in heads:
-            rows = columns = (1, 0, 1, 1, 1)
-            if size is not None:
-                # Copies of low resolution.
-                head = head.to(dtype).clamp_min(LOWEST_LOGIT)
-                rows, columns = (
-                    axis(source, pixels, align_corners)
-                    for source, pixels in zip(head.shape[2:], size, strict=True)
-                )
-            self.heads += [head, strides(head, flat), rows, columns]
-        self.images, self.chunks = len(z), triton.cdiv(classes, block_c)
-        # With an upsampled logit come four of the corners.
-        per_warp = 4 * ELEMENTS_PER_WARP // (1 if size is None else 2)
-        self.warps = max(1, block_c * block_m * dtype.itemsize // per_warp)
 
     def __call__(self, kernel: Any, *arguments: Any, chunks: int = 1) -> None:
         if self.images and self.length:
-            with torch.cuda.device_of(self.heads[0]):
-                kernel[(self.images * self.tiles, chunks)](
-                    *self.heads, *arguments, FORM=self.form, num_warps=self.warps, num_stages=1
-                )
+            grid = (self.images * self.programs, chunks)
+            run(self.z, kernel, grid, *arguments, CONFIG=self.config, **self.options)
+
+
+def run(z: Tensor, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a kernel on the device of z."""
+    with torch.cuda.device_of(z):
+        try:
+            kernel[grid](*arguments, **options)
+        except Exception as error:
+            if z.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a CUDA graph cannot capture a loss whose kernels are not compiled yet: call "
+                    "the loss once with such arguments before the capture"
+                ) from error
+            raise
 
 
 def classify(
@@ -455,22 +881,23 @@ def classify(
     if labels is not None:
         y = plain.labelled(labels, valid, classes, ignore_index)
     else:
-        launch = Launch([z] if guide is None else [z, guide], spec)
+        launch = Launch(z, spec, [] if guide is None else [guide], thresholded=threshold is not None)
         y = z.new_empty((len(z), *spec.spatial(z)), dtype=index_dtype(classes))
-        no_guide = [None, *launch.heads[1:4]] if guide is None else []
-        valid = None if valid is None else valid.contiguous()
-        launch(
-            _classify,
-            *(*no_guide, valid, y, launch.length, launch.shape, launch.tiles, threshold),
-        )
+        heads = launch.heads if guide is not None else [*launch.heads, (None, *launch.heads[0][1:])]
+        arguments = (None if valid is None else valid.contiguous(), y, threshold or 0.0)
+        kernel = _classify if spec.size is None else _classify_upsampled
+        if spec.size is not None:
+            arguments = (*arguments, *launch.geometry, *launch.guide_axes, launch.length)
+        else:
+            arguments = (*arguments, *launch.geometry)
+        launch(kernel, *(n for head in heads for n in head), *arguments)
     length, bins = math.prod(y.shape[1:]), classes + 1
-    tiles = triton.cdiv(length, COUNTED_PIXELS)
-    counts = z.new_empty((len(z), tiles, bins), dtype=torch.int32)
-    if counts.numel():
-        with torch.cuda.device_of(z):
-            _count[(len(z) * tiles, triton.cdiv(bins, COUNTED_CLASSES))](
-                y, counts, length, tiles, bins, BLOCK_M=COUNTED_PIXELS, BLOCK_C=COUNTED_CLASSES
-            )
+    parts = max(min(triton.cdiv(length, COUNTED), PROGRAMS // max(len(y), 1)), 1)
+    counts = y.new_empty((len(z), parts, bins), dtype=torch.int32)
+    if len(y):
+        block = min(triton.next_power_of_2(bins + 1), MAX_BINS)
+        grid = (len(y) * parts, triton.cdiv(bins, block - 1))
+        run(z, _count, grid, y, counts, length, parts, bins, BLOCK=COUNTED, BINS=block)
     return y, counts.sum(1)
 
 
@@ -484,41 +911,84 @@ def weighted_sum(
     needs_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`plain.weighted_sum`."""
-    dtype = accumulation_dtype(z.dtype)
-    numbers: dict[str, Any] = {}
+    options: dict[str, Any] = {"kind": potential.kind()}
     if isinstance(potential, Tsallis):
-        shift = potential.shift()
-        numbers = {"q": potential.q, "shift": shift, "constant": shift + potential.offset}
-    slope = None
-    if needs_grad and spec.size is None:
-        slope = torch.empty_like(z)
-    elif needs_grad:
-        # A map for each corner: the first row (column) is no cell's lower (right) one.
-        slope = z.new_zeros((2, 2, *z.shape), dtype=dtype)
-    tensors = [z] if slope is None or spec.size is not None else [z, slope]
-    launch = Launch(
-        *(tensors, spec),
-        kind=potential.kind(),
-        by_class=weights.shape[1] > 1,
-        **numbers,
-    )
-    slope_strides = launch.heads[5] if len(tensors) == 2 else (0,) * 5
-    del launch.heads[4:]
-    sums = z.new_empty((len(z), launch.tiles), dtype=dtype)
-    maps = (None if t is None else t.contiguous() for t in (weights.to(dtype), y, valid))
+        options |= {"q": float(potential.q), "constant": potential.shift() + potential.offset}
+        if potential.kind() not in (SQUARE, SHANNON):
+            options["scale"] = 1 / (potential.q - 1)
+    linear = isinstance(potential, Linear)
+    options["by_class"] = weights.shape[1] > 1 and not linear
+    options["masked"] = y is not None or valid is not None
+    weights = weights.to(accumulation_dtype(z.dtype))
+    maps = [None if t is None else t.contiguous() for t in (weights, y, valid)]
+    if spec.size is not None:
+        return _sum_upsampled(z, maps, spec, needs_grad, options)
+    grad = torch.empty_like(z) if needs_grad else None
+    launch = Launch(z, spec, [] if grad is None else [grad], **options)
+    sums = weights.new_empty((len(z), launch.programs))
+    heads = launch.heads if needs_grad else [*launch.heads, (None, *launch.heads[0][1:])]
+    if isinstance(potential, Tsallis) and z.dtype != torch.float64:
+        launch.options["maxnreg"] = REGISTERS
     launch(
         _weighted_sum,
-        *(*maps, sums, slope, slope_strides, launch.length, launch.shape, launch.tiles, z.numel()),
+        *(*(n for head in heads for n in head), *maps, sums, *launch.geometry),
         chunks=launch.chunks if needs_grad else 1,
     )
-    if slope is not None and spec.size is not None:
-        # Where the logits are held at the lowest one it is 0.
-        slope = slope.sum((0, 1)).masked_fill_(z < LOWEST_LOGIT, 0)
-    return sums.sum(1), slope
+    return sums.sum(1), grad
+
+
+def _sum_upsampled(
+    z: Tensor,
+    maps: list[Tensor | None],
+    spec: LogitsSpec,
+    needs_grad: bool,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    launch = Launch(z, spec, [], **options)
+    dtype = accumulation_dtype(z.dtype)
+    rows, columns, bands, strips = *z.shape[2:], launch.bands, launch.strips
+    partial = z.new_empty((len(z), launch.programs), dtype=dtype)
+    grad, buffers, sizes = None, [None, None, None], (0, 0)
+    if needs_grad:
+        grad = z.new_empty(z.shape, dtype=dtype)
+        parts = launch.config.parts
+        own = grad if parts == 1 else z.new_empty((parts, *z.shape), dtype=dtype)
+        right = z.new_empty((*z.shape[:2], rows, strips), dtype=dtype)
+        below = z.new_empty((parts, *z.shape[:2], bands, columns + strips), dtype=dtype)
+        buffers, sizes = [own, right, below], (z.numel(), below.numel() // parts)
+    launch(
+        _weighted_sum_upsampled,
+        *(*launch.heads[0], *maps, partial, *buffers, *sizes, *launch.geometry, launch.length),
+        chunks=launch.chunks if needs_grad else 1,
+    )
+    if grad is None or not len(z):
+        return partial.sum(1), grad
+    sums = partial.new_empty(len(z))
+    blocks = triton.cdiv(rows * columns, ADDED)
+    arguments = (*launch.heads[0], partial, sums, *buffers, grad, *sizes, len(z), rows, columns)
+    grid = (len(z) * (1 + z.shape[1] * blocks),)
+    run(z, _combine, grid, *arguments, *launch.cut, BLOCK=ADDED, CONFIG=launch.config)
+    return sums, grad
+
+
+def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
+    """`plain.class_sums`."""
+    launch = Launch(z, spec, [], masked=valid is not None)
+    classes, programs = launch.config.classes, launch.programs
+    valid = None if valid is None else valid.contiguous()
+    if spec.size is None:
+        # Longer programs, as each has sums of all classes.
+        launch.programs = programs = max(1, min(programs, PROGRAMS // max(len(z), 1)))
+        kernel, arguments = _class_sums, (*launch.geometry, programs)
+    else:
+        kernel, arguments = _class_sums_upsampled, (*launch.geometry, launch.length)
+    sums = z.new_empty((len(z), programs, classes), dtype=accumulation_dtype(z.dtype))
+    launch(kernel, *launch.heads[0], valid, sums, *arguments, chunks=launch.chunks)
+    return sums.sum(1)
 
 
 def check(device: torch.device) -> None:
-    """Raise unless both operators give what the plain formula gives; the host waits for that."""
+    """Raise unless the operators give what the plain formula gives; the host waits for that."""
     if tuple(map(int, triton.__version__.split(".")[:2])) < TRITON:
         raise RuntimeError(
             f"they need Triton 3.4 or later, not {triton.__version__} (update PyTorch to 2.8)"
@@ -533,10 +1003,14 @@ def check(device: torch.device) -> None:
     weights = torch.linspace(0.5, 1, 2 * 5, **options).view(2, 5)
     for size in (None, (7, 6)):
         spec = LogitsSpec(size, align_corners=True)
-        found: list[Any] = [*classify(z, guide, None, None, spec, 0.5)]
-        expected: list[Any] = [*plain.classify(z, guide, None, None, spec, 0.5)]
-        for potential in (Tsallis(2, -1), CrossEntropy()):
-            arguments = (z, weights, expected[0], None, potential, spec, True)
+        found: list[Any] = [*classify(z, guide, None, None, spec, 0.5), class_sums(z, None, spec)]
+        expected: list[Any] = [
+            *plain.classify(z, guide, None, None, spec, 0.5),
+            plain.class_sums(z, None, spec),
+        ]
+        for potential in (Tsallis(2, -1), CrossEntropy(), Linear()):
+            y = None if isinstance(potential, Linear) else expected[0]
+            arguments = (z, weights, y, None, potential, spec, True)
             found += weighted_sum(*arguments)
             expected += plain.weighted_sum(*arguments)
         for result, reference in zip(found, expected, strict=True):
