@@ -4,9 +4,9 @@ from maxsquare import functional
 from maxsquare.diagnostics import GradientProfile, class_gradient_share, gradient_profile
 from maxsquare.losses import (
     EntropyLoss,
+    InformationMaximizationLoss,
     IWEntropyLoss,
     IWMaxSquareLoss,
-    InformationMaximizationLoss,
     MaxSquareLoss,
     MultiLevelGuidance,
     MultiLevelLoss,
