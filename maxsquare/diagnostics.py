@@ -123,7 +123,7 @@ def class_gradient_share(
     check_logits("logits", logits, str(loss.activation))
     pair = check_size(size, logits)
     check_labels(labels)
-    check_map("labels", labels, logits, pair)
+    check_map("labels", labels, logits, pair or logits.shape[2:])
     # In half precision the gradient of a mean over many pixels would underflow.
     z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     if pair is not None:

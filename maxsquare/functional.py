@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,8 @@ from maxsquare.checks import (
     check_ratio,
     check_size,
 )
-from maxsquare.potentials import Label, Potential, Tsallis
+from maxsquare.engine import LogitsSpec
+from maxsquare.potentials import CrossEntropy, Potential, Tsallis
 
 Size = int | Sequence[int] | None
 
@@ -155,9 +155,9 @@ def pseudo_label_loss(
     """Cross entropy against the confident prediction itself: `maxsquare.PseudoLabelLoss`."""
     check_image_wise(labels, None)
     check_options(reduction=reduction, threshold=threshold)
-    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
-    y, counts = engine.classify(z, valid=valid, threshold=float(threshold), **how)
-    return _label_loss(logits, z, y, counts, reduction, how)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    y, counts = engine.classify(z, None, None, valid, spec, float(threshold))
+    return _label_loss(logits, z, y, counts, reduction, spec)
 
 
 def guidance_labels(
@@ -185,14 +185,14 @@ def guidance_labels(
         tensor([[ 0, -1]])
     """
     check_options(threshold=threshold, ignore_index=ignore_index)
-    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
-    (low_logits,) = check_heads([low_logits], logits, resized=how["size"] is not None)
-    low = _images(low_logits, how["binary"])
-    y, _ = engine.classify(low, guide=z, valid=valid, threshold=float(threshold), **how)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    (low_logits,) = check_heads([low_logits], logits, resized=size is not None)
+    low = _images(low_logits, spec)
+    y, _ = engine.classify(low, z, None, valid, spec, float(threshold))
     y = y.long()
-    if how["binary"]:  # the first class is "on"
+    if spec.binary:  # the first class is "on"
         y = torch.where((y == 0) | (y == 1), 1 - y, y)
-    return _pixels(torch.where(y == -1, ignore_index, y), logits, how["binary"])
+    return _pixels(torch.where(y == -1, ignore_index, y), logits, spec)
 
 
 def guidance_loss(
@@ -209,12 +209,12 @@ def guidance_loss(
 ) -> Tensor:
     """Low-level heads learn from the averaged prediction: `maxsquare.MultiLevelGuidance`."""
     check_options(reduction=reduction, threshold=threshold)
-    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
-    heads = check_heads(low_logits, logits, resized=how["size"] is not None)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     losses = []
-    for low in (_images(head, how["binary"]) for head in heads):
-        y, counts = engine.classify(low, guide=z, valid=valid, threshold=float(threshold), **how)
-        losses.append(_label_loss(logits, low, y, counts, reduction, how))
+    for head in check_heads(low_logits, logits, resized=size is not None):
+        low = _images(head, spec)
+        y, counts = engine.classify(low, z, None, valid, spec, float(threshold))
+        losses.append(_label_loss(logits, low, y, counts, reduction, spec))
     return torch.stack(losses).sum(0)
 
 
@@ -267,13 +267,13 @@ def cross_entropy(
     Source: the supervised term of M. Chen et al., ICCV 2019, as in every segmentation network.
     """
     check_options(reduction=reduction, ignore_index=ignore_index)
-    z, valid, how = _prepare(logits, size, align_corners, valid, activation)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation)
     check_labels(labels)
-    check_map("labels", labels, logits, how["size"])
-    y, counts = _label_classes(labels, logits, z, valid, ignore_index, how)
+    check_map("labels", labels, logits, spec.spatial(z))
+    y, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
     classes = max(logits.shape[1], 2)
     check_classes(labels, counts[..., -1], classes, ignore_index)
-    return _label_loss(logits, z, y, counts, reduction, how)
+    return _label_loss(logits, z, y, counts, reduction, spec)
 
 
 def image_weights(
@@ -302,16 +302,17 @@ def image_weights(
     """
     check_ratio(ratio)
     check_options(ignore_index=ignore_index)
-    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
-    y, counts = engine.classify(z, valid=valid, **how)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    y, counts = engine.classify(z, None, None, valid, spec)
     if labels is not None:
-        _, counts = _label_classes(labels, logits, z, valid, ignore_index, how)
-    classes = engine.number_of_classes(z, how["binary"])
+        check_map("labels", labels, logits, spec.spatial(z))
+        _, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
+    classes = spec.classes(z)
     weights = _class_weights(counts, ratio, z.dtype)
     y = y.long()
     w = weights.gather(1, y.clamp(0, classes - 1).flatten(1)).view_as(y)
     w = torch.where(y < 0, 0, torch.where(y == classes, math.nan, w))
-    return _pixels(w, logits, how["binary"])
+    return _pixels(w, logits, spec)
 
 
 def _tsallis_loss(
@@ -335,30 +336,31 @@ def _tsallis_loss(
     check_options(
         q=potential.q, ratio=ratio, reduction=reduction, scale=scale, ignore_index=ignore_index
     )
-    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     check_image_wise(labels, ratio)
     if scale == "reference":
-        factor *= reference_factor / engine.number_of_classes(z, how["binary"])
+        factor *= reference_factor / spec.classes(z)
     y = None
     if ratio is None:
-        pixels = z.shape[0] * math.prod(how["size"] or z.shape[2:])
+        pixels = z.shape[0] * math.prod(spec.spatial(z))
         counted = pixels if valid is None else valid.count_nonzero()
         weights = _mean_weights(counted, z, reduction, factor)
     else:
-        y, counts = engine.classify(z, valid=valid, **how)
+        y, counts = engine.classify(z, None, None, valid, spec)
         if labels is not None:
-            _, counts = _label_classes(labels, logits, z, valid, ignore_index, how)
+            check_map("labels", labels, logits, spec.spatial(z))
+            _, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
         weights = factor * _class_weights(counts, ratio, z.dtype)
         weights = weights / max(z.shape[0], 1) if reduction == "mean" else weights
-    return _reduce(logits, z, weights, y, valid, potential, reduction, how)
+    return _reduce(logits, z, weights, y, valid, potential, reduction, spec)
 
 
 def _label_loss(
-    logits: Tensor, z: Tensor, y: Tensor, counts: Tensor, reduction: str, how: dict[str, Any]
+    logits: Tensor, z: Tensor, y: Tensor, counts: Tensor, reduction: str, spec: LogitsSpec
 ) -> Tensor:
     """Cross entropy against the classes y."""
     weights = _mean_weights(counts[..., :-1].sum(), z, reduction)
-    return _reduce(logits, z, weights, y, None, Label(), reduction, how)
+    return _reduce(logits, z, weights, y, None, CrossEntropy(), reduction, spec)
 
 
 def _reduce(
@@ -369,13 +371,13 @@ def _reduce(
     valid: Tensor | None,
     potential: Potential,
     reduction: str,
-    how: dict[str, Any],
+    spec: LogitsSpec,
 ) -> Tensor:
     """The sum of the weighted potentials, or each of them."""
     if reduction == "none":
-        terms = engine.weighted_terms(z, weights, y, valid, potential, **how)
-        return _pixels(terms, logits, how["binary"])
-    return engine.weighted_sum(z, weights, y, valid, potential, **how).sum()
+        terms = engine.weighted_terms(z, weights, y, valid, potential, spec)
+        return _pixels(terms, logits, spec)
+    return engine.weighted_sum(z, weights, y, valid, potential, spec).sum()
 
 
 def _prepare(
@@ -385,21 +387,18 @@ def _prepare(
     valid: Tensor | None,
     activation: str = "softmax",
     from_logits: bool = True,
-) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+) -> tuple[Tensor, Tensor | None, LogitsSpec]:
     """Check what all losses are given: the logits and the mask of images, and how to read them."""
     check_options(activation=activation, from_logits=from_logits, align_corners=align_corners)
     check_logits("logits", logits, activation)
     size = check_size(size, logits)
-    check_map("valid", valid, logits, size)
     binary = activation == "sigmoid"
-    how = {
-        "size": size,
-        "align_corners": bool(align_corners),
-        "binary": binary,
-        "from_logits": bool(from_logits),
-    }
-    maps = None if valid is None else _image_maps(valid, logits, binary)
-    return _images(logits, binary), maps, how
+    spec = LogitsSpec(size, bool(align_corners), binary, bool(from_logits))
+    z = _images(logits, spec)
+    if valid is not None:
+        check_map("valid", valid, logits, spec.spatial(z))
+        valid = _image_maps(valid, logits, spec)
+    return z, valid, spec
 
 
 def _mean_weights(counted: Tensor | int, z: Tensor, reduction: str, factor: float = 1) -> Tensor:
@@ -427,14 +426,13 @@ def _label_classes(
     z: Tensor,
     valid: Tensor | None,
     ignore_index: int,
-    how: dict[str, Any],
+    spec: LogitsSpec,
 ) -> tuple[Tensor, Tensor]:
     """The class of every pixel of a label map, and the counts of classes in every image."""
-    check_map("labels", labels, logits, how["size"])
-    y = _image_maps(labels.long() if how["binary"] else labels, logits, how["binary"])
-    if how["binary"]:
-        # Channel c is a problem of two classes: 0, a pixel of its class, and 1, any other. The
-        # class of a single channel is 1, the foreground's.
+    y = _image_maps(labels.long() if spec.binary else labels, logits, spec)
+    if spec.binary:
+        # Two classes for channel c: 0, a pixel of its class, and 1, any other. The class of a
+        # single channel is 1, the foreground's.
         channels = logits.shape[1]
         own = torch.arange(channels, device=y.device) if channels > 1 else y.new_ones(1)
         own = own.repeat(y.shape[0] // channels).view(-1, *[1] * (y.dim() - 1))
@@ -442,36 +440,36 @@ def _label_classes(
         ignored = (y == -1) | (y == ignore_index)
         y = torch.where(ignored, -1, torch.where(known, (y != own).long(), 2))
         ignore_index = -1
-    return engine.classify(z, labels=y, valid=valid, ignore_index=ignore_index, **how)
+    return engine.classify(z, None, y, valid, spec, ignore_index=ignore_index)
 
 
-def _images(logits: Tensor, binary: bool) -> Tensor:
+def _images(logits: Tensor, spec: LogitsSpec) -> Tensor:
     """Logits as (images, channels, *spatial): (N, C) is one image; sigmoid, one per channel."""
-    z = _unwrap(logits)
+    z = _drop_subclass(logits)
     z = z.t().unsqueeze(0) if z.dim() == 2 else z
-    return z.flatten(0, 1).unsqueeze(1) if binary else z
+    return engine.prepare(z.flatten(0, 1).unsqueeze(1) if spec.binary else z, spec)
 
 
-def _image_maps(pixels: Tensor, logits: Tensor, binary: bool = False) -> Tensor:
+def _image_maps(pixels: Tensor, logits: Tensor, spec: LogitsSpec) -> Tensor:
     """A map (N, *spatial) as (images, *spatial), repeated for every channel under sigmoid."""
-    pixels = _unwrap(pixels)
+    pixels = _drop_subclass(pixels)
     pixels = pixels.unsqueeze(0) if logits.dim() == 2 else pixels
-    return pixels.repeat_interleave(logits.shape[1], 0) if binary else pixels
+    return pixels.repeat_interleave(logits.shape[1], 0) if spec.binary else pixels
 
 
-def _unwrap(tensor: Tensor) -> Tensor:
-    """A tensor that only carries more than numbers, without that: it would slow every operation."""
-    if type(tensor) is Tensor or torch.compiler.is_compiling():
-        return tensor
-    carries_more = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return tensor.as_subclass(Tensor) if carries_more else tensor
-
-
-def _pixels(maps: Tensor, logits: Tensor, binary: bool) -> Tensor:
+def _pixels(maps: Tensor, logits: Tensor, spec: LogitsSpec) -> Tensor:
     """The way back: (images, *spatial) as (N, *spatial), under sigmoid (N, C, *spatial)."""
-    if binary:
+    if spec.binary:
         channels = logits.shape[1]
         maps = maps.reshape(maps.shape[0] // channels, channels, *maps.shape[1:])
     if logits.dim() == 2:
-        return maps.squeeze(0).t() if binary else maps.squeeze(0)
+        return maps.squeeze(0).t() if spec.binary else maps.squeeze(0)
     return maps
+
+
+def _drop_subclass(tensor: Tensor) -> Tensor:
+    """Strip a tensor subclass that only adds metadata: it would slow every operation."""
+    if type(tensor) is Tensor or torch.compiler.is_compiling():
+        return tensor
+    adds_metadata = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return tensor.as_subclass(Tensor) if adds_metadata else tensor

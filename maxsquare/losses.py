@@ -71,7 +71,7 @@ class _PixelLoss(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
 
-    def _look_at_input(self, logits: Tensor) -> None:
+    def _warn_if_probabilities(self, logits: Tensor) -> None:
         """Warn, at the first call only, of probabilities given as logits and the reverse."""
         if not self._looked_at_input and isinstance(logits, Tensor) and can_read(logits):
             self._looked_at_input = True
@@ -114,7 +114,7 @@ class _TargetLoss(_PixelLoss):
     ) -> Tensor:
         """The loss of logits (N, C, *spatial); see the class for the arguments."""
         self._refuse("logits", unexpected, unknown)
-        self._look_at_input(logits)
+        self._warn_if_probabilities(logits)
         return type(self).function(
             logits,
             size=size,
@@ -506,7 +506,7 @@ class MultiLevelGuidance(_PixelLoss):
         valid: Tensor | None = None,
     ) -> Tensor:
         """The sum of the low-level heads' losses; see the class for the arguments."""
-        self._look_at_input(logits)
+        self._warn_if_probabilities(logits)
         return functional.guidance_loss(
             logits,
             low_logits,

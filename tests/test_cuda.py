@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support import (
-    MEMBERS,
+    LOSSES,
     Member,
     assert_close,
     assert_within_budget,
@@ -33,7 +33,7 @@ from support import (
 from torch import Tensor
 
 from maxsquare.engine import operators, plain
-from maxsquare.potentials import POWER_FROM_Q, Label, Potential, Tsallis
+from maxsquare.potentials import POWER_FROM_Q, CrossEntropy, Potential, Tsallis
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cuda = triton_kernels()
@@ -51,7 +51,7 @@ each_size = pytest.mark.parametrize(
 )
 each_resolution = pytest.mark.parametrize("size", [None, (3, 4)], ids=["as is", "upsampled"])
 # Either side of the q where the logarithm changes its form, and the q with a form of their own.
-POTENTIALS = [*(Tsallis(q) for q in (0.5, 1, 1.0001, POWER_FROM_Q)), Tsallis(2, -1), Label()]
+POTENTIALS = [*(Tsallis(q) for q in (0.5, 1, 1.0001, POWER_FROM_Q)), Tsallis(2, -1), CrossEntropy()]
 
 
 def logits(*shape: int, seed: int = 0, spread: float = 2.0) -> Tensor:
@@ -75,17 +75,17 @@ def assert_sums_equal(
     classes = plain.number_of_classes(z, binary)
     shape = (len(z), *(size or z.shape[2:]))
     y = None
-    if by_class or isinstance(potential, Label):
+    if by_class or isinstance(potential, CrossEntropy):
         y = how.get("y", random_labels((shape[0], classes, *shape[1:])).to(z.device))
         y = y.to(plain.index_dtype(classes))
     weights = 0.5 + torch.rand(len(z), classes if by_class else 1, dtype=torch.float64)
     weights = weights.to(z.device, plain.accumulation_dtype(z.dtype))
     arguments = (z, weights, y, valid, potential, size, align_corners, binary)
-    sums, slope = cuda.weighted_sum_and_slope(*arguments, True)
-    expected, expected_slope = plain.weighted_sum_and_slope(*arguments, True)
+    sums, slope = cuda.weighted_sum(*arguments, True)
+    expected, expected_slope = plain.weighted_sum(*arguments, True)
     assert_close(sums, expected, z.dtype)
     assert_close(slope, expected_slope, z.dtype)
-    alone, none = cuda.weighted_sum_and_slope(*arguments, False)
+    alone, none = cuda.weighted_sum(*arguments, False)
     assert torch.equal(alone, sums) and none is None
 
 
@@ -101,7 +101,7 @@ def assert_classes_equal(
     assert torch.equal(counts, expected_counts)
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=repr)
+@pytest.mark.parametrize("member", LOSSES, ids=repr)
 def test_value_and_gradient_of_a_loss_equal_the_formula(
     member: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +174,7 @@ def test_pixels_beyond_one_program_that_counts() -> None:
 def test_classes_beyond_one_chunk(size: Any) -> None:
     z = logits(1, cuda.MAX_CLASSES + 2, 2, 1)
     assert_sums_equal(z, Tsallis(1.2), size)
-    assert_sums_equal(z, Label(), size)
+    assert_sums_equal(z, CrossEntropy(), size)
     assert_classes_equal(z, size, threshold=0.01, guide=z.flip(1))
     z[:, :] = 0
     assert_classes_equal(z, size)
@@ -203,8 +203,8 @@ def test_nothing_beside_the_tensors_is_read_or_written(size: Any) -> None:
     assert torch.equal(y, expected[0]) and torch.equal(counts, expected[1])
     arguments = (z, weights, y, None, Tsallis(1), size, True, False, True)
     for result, reference in zip(
-        cuda.weighted_sum_and_slope(*arguments),
-        plain.weighted_sum_and_slope(*arguments),
+        cuda.weighted_sum(*arguments),
+        plain.weighted_sum(*arguments),
         strict=True,
     ):
         assert_close(result, reference)
@@ -258,9 +258,9 @@ def test_low_precision_accumulates_in_float32(size: Any, dtype: torch.dtype) -> 
     z = logits(1, 5, 2, 3).to(dtype)
     weights = torch.ones(1, 1, device=DEVICE)
     arguments = (None, None, Tsallis(1), size, True, False, True)
-    found = cuda.weighted_sum_and_slope(z, weights, *arguments)
-    as_plain = plain.weighted_sum_and_slope(z, weights, *arguments)
-    exact = plain.weighted_sum_and_slope(z.double(), weights.double(), *arguments)
+    found = cuda.weighted_sum(z, weights, *arguments)
+    as_plain = plain.weighted_sum(z, weights, *arguments)
+    exact = plain.weighted_sum(z.double(), weights.double(), *arguments)
     assert found[0].dtype == torch.float32
     for result, reference, truth in zip(found, as_plain, exact, strict=True):
         assert_within_budget(result, reference, truth, dtype)
@@ -271,7 +271,7 @@ def test_repeats_are_equal_and_inputs_unchanged(size: Any) -> None:
     z = logits(1, 3, 2, 3)
     before, weights = z.clone(), torch.ones(1, 1, dtype=z.dtype, device=DEVICE)
     arguments = (z, weights, None, None, Tsallis(1), size, True, False, True)
-    first, second = (cuda.weighted_sum_and_slope(*arguments) for _ in range(2))
+    first, second = (cuda.weighted_sum(*arguments) for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert torch.equal(z, before)
 
@@ -309,8 +309,8 @@ def test_what_is_not_finite_shows(bad: float, size: Any) -> None:
         assert_classes_equal(z, size, threshold=threshold, guide=guide)
         y, _ = cuda.classify(z, guide, None, None, size, False, False, threshold, -1)
         assert (y[0] == 3).any() and not (y[1] == 3).any()
-        for potential in (Tsallis(2, -1), Label()):
-            sums, slope = cuda.weighted_sum_and_slope(
+        for potential in (Tsallis(2, -1), CrossEntropy()):
+            sums, slope = cuda.weighted_sum(
                 z, weights, y, None, potential, size, False, False, True
             )
             assert sums.isnan().tolist() == [True, False]
@@ -337,7 +337,7 @@ def test_no_kernel_spills_its_registers() -> None:
 @needs_cuda
 @pytest.mark.parametrize("size", [None, (40, 60)], ids=["as is", "upsampled"])
 def test_capture_in_a_graph(size: tuple[int, int] | None) -> None:
-    member = next(member for member in MEMBERS if member.name == "iw_multi_level")
+    member = next(member for member in LOSSES if member.name == "iw_multi_level")
     inputs = tuple(z.detach().to(DEVICE) for z in inputs_of(member, (2, 5, 8, 9)))
     loss = member.make()
 

@@ -23,7 +23,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support import assert_close, member_named, oracle, random_logits, value_and_gradient
+from support import assert_close, loss_named, oracle, random_logits, value_and_gradient
 
 from maxsquare.engine import cpu, libraries, operators
 
@@ -80,7 +80,7 @@ def compiler(tmp_path: Path, compiled: Path, cache: Path) -> Compiler:
 
 def warnings_of_losses(*dtypes: torch.dtype) -> list[str]:
     """What a user is shown while losses of these dtypes are computed, rightly, twice over."""
-    member = member_named("iw_max_square")
+    member = loss_named("iw_max_square")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for dtype in (*dtypes, *dtypes):
