@@ -23,6 +23,8 @@ INTEGERS = (
 LARGEST = torch.finfo(torch.float32).max
 # How far from 1 the sum of a pixel's probabilities may be, in half precision with many classes.
 PROBABILITY_TOLERANCE = 0.02
+# How far from 1 the sum of a prior may be.
+PRIOR_TOLERANCE = 1e-3
 # The logits of fewer pixels may look like probabilities by chance.
 FEWEST_PIXELS = 16
 
@@ -32,6 +34,7 @@ def check_options(
     reduction: str = "mean",
     scale: str = "paper",
     activation: str = "softmax",
+    average: str = "accepted",
     from_logits: bool = True,
     align_corners: bool = False,
     ratio: float | None = None,
@@ -45,6 +48,7 @@ def check_options(
         ("reduction", reduction, ("mean", "sum", "none")),
         ("scale", scale, ("paper", "reference")),
         ("activation", activation, ("softmax", "sigmoid")),
+        ("average", average, ("accepted", "valid", "share")),
     ):
         if not isinstance(value, str) or value not in choices:
             wanted = " or ".join(map(repr, choices))
@@ -147,6 +151,37 @@ def check_image_wise(labels: Tensor | None, ratio: float | None) -> None:
             "labels must be None for a loss that is not image-wise: they count the classes of "
             "an image, and are not to be learnt"
         )
+
+
+def check_teacher(teacher_logits: Tensor, logits: Tensor, *, resized: bool) -> None:
+    """A teacher's logits, like `logits` in all but its dtype and, before resizing, resolution."""
+    _tensor("teacher_logits", teacher_logits)
+    if teacher_logits.dtype not in FLOATS:
+        raise TypeError(f"teacher_logits must be floating point, not {teacher_logits.dtype}")
+    same = teacher_logits.shape[:2] == logits.shape[:2] and teacher_logits.dim() == logits.dim()
+    if not same or (
+        0 in teacher_logits.shape[2:] if resized else teacher_logits.shape != logits.shape
+    ):
+        raise ValueError(
+            f"teacher_logits must match the shape of logits {tuple(logits.shape)}"
+            f"{' up to height and width' if resized else ''}, not {tuple(teacher_logits.shape)}"
+        )
+    _same_device("teacher_logits", teacher_logits, logits)
+
+
+def check_prior(prior: Sequence[float] | Tensor | None, activation: str) -> Tensor | None:
+    """The expected proportions of classes, (C,), of sum 1, or of each channel under sigmoid."""
+    if prior is None:
+        return None
+    try:
+        tau = torch.as_tensor(prior, dtype=torch.float64).detach().clone()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"prior must be a tensor or a sequence of numbers, not {prior!r}") from None
+    if tau.dim() != 1 or not bool(((tau >= 0) & (tau <= 1)).all()):
+        raise ValueError(f"prior must be (C,) numbers from 0 to 1, not {prior!r}")
+    if activation == "softmax" and abs(tau.sum().item() - 1) > PRIOR_TOLERANCE:
+        raise ValueError(f"prior must sum to 1, not to {tau.sum().item():g}")
+    return tau if tau.device.type != "mps" else tau.float()
 
 
 def check_map(name: str, pixels: Tensor, logits: Tensor, spatial: Sequence[int]) -> None:

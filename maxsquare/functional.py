@@ -7,8 +7,9 @@ class of every pixel, weights from the counts of classes, a weighted sum of pote
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from maxsquare.checks import (
     check_options,
     check_ratio,
     check_size,
+    check_teacher,
 )
 from maxsquare.engine import LogitsSpec
 from maxsquare.potentials import CrossEntropy, Potential, Tsallis
@@ -31,6 +33,7 @@ from maxsquare.potentials import CrossEntropy, Potential, Tsallis
 Size = int | Sequence[int] | None
 
 __all__ = [
+    "class_proportions",
     "cross_entropy",
     "entropy",
     "guidance_labels",
@@ -38,6 +41,7 @@ __all__ = [
     "image_weights",
     "max_square",
     "pseudo_label_loss",
+    "teacher_loss",
     "tsallis_entropy",
 ]
 
@@ -61,9 +65,7 @@ def max_square(
         logits,
         # The sum of squares is 1 - S_2.
         Tsallis(2, offset=-1, normalised=from_logits),
-        factor=0.5,
-        # The published image-wise code leaves out the half.
-        reference_factor=1 if ratio is None else 2,
+        factor=functools.partial(max_square_factor, ratio, scale),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -95,6 +97,7 @@ def entropy(
     return _tsallis_loss(
         logits,
         Tsallis(1, normalised=from_logits),
+        factor=functools.partial(scale_factor, scale),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -127,6 +130,7 @@ def tsallis_entropy(
     return _tsallis_loss(
         logits,
         Tsallis(q, normalised=from_logits),
+        factor=functools.partial(scale_factor, scale),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -315,12 +319,172 @@ def image_weights(
     return _pixels(w, logits, spec)
 
 
+def class_proportions(
+    logits: Tensor,
+    *,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    activation: str = "softmax",
+    from_logits: bool = True,
+) -> Tensor:
+    r"""The mean probability of every class over the valid pixels of an image, (N, C).
+
+    .. math:: \bar p_{b,c} = \frac{1}{N_b} \sum_n p_{b,n,c}
+
+    Its gradient by z_{n,c} is p_{n,c} (G_c - sum_k p_{n,k} G_k) / N_b, G the upstream gradient.
+    Zeros where an image has no valid pixel. With activation="sigmoid" the mean of every channel.
+    Logits (N, C) are one image of N pixels. Options, shapes and errors as in
+    `maxsquare.MaxSquareLoss`; float32 for half-precision logits.
+
+    Example:
+        >>> class_proportions(torch.tensor([[[9.0, -9.0], [-9.0, 9.0]]]))
+        tensor([[0.5000, 0.5000]])
+
+    Source: the mean prediction of A. Krause et al., NIPS 2010.
+    """
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    sums, counted = _class_sums(z, valid, spec)
+    proportions = sums / counted.clamp_min(1).unsqueeze(1)
+    return proportions[:, 0].view(-1, logits.shape[1]) if spec.binary else proportions
+
+
+def teacher_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    threshold: float = 0.95,
+    average: str = "accepted",
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    reduction: str = "mean",
+    activation: str = "softmax",
+    from_logits: bool = True,
+) -> Tensor:
+    """Cross entropy against the classes of a sure teacher: `maxsquare.TeacherLoss`."""
+    check_options(reduction=reduction, threshold=threshold, average=average)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    check_teacher(teacher_logits, logits, resized=size is not None)
+    teacher = _images(teacher_logits, spec)
+    y, counts = engine.classify(teacher, None, None, valid, spec, float(threshold))
+    accepted = counts[:, :-1].sum()
+    if average == "accepted":
+        weights = _mean_weights(accepted, z, reduction)
+    else:
+        everywhere, counts = engine.classify(teacher, None, None, valid, spec)
+        counted = counts[:, :-1].sum()
+        weights = _mean_weights(counted, z, reduction)
+        if average == "share":
+            y, weights = everywhere, weights * (accepted / counted.clamp_min(1))
+    return _reduce(logits, z, weights, y, None, CrossEntropy(), reduction, spec)
+
+
+def prediction_divergence(
+    logits: Tensor,
+    *,
+    q: float,
+    prior: Tensor | None,
+    ratio: float | None,
+    size: Size,
+    align_corners: bool,
+    valid: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    activation: str,
+    from_logits: bool,
+) -> Tensor:
+    """The divergence D_q of `maxsquare.InformationMaximizationLoss`, times the pixels' weights.
+
+    Those are the weights that a loss of this ratio and reduction gives its pixels: their sum is 1
+    for a mean over pixels, and with reduction="none" every pixel has its own share of the term.
+    """
+    z, counted_map, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    sums, counted = _class_sums(z, counted_map, spec)
+    groups = logits.shape[1] if spec.binary else 1
+    # (channels or 1, classes): sigmoid has a mean prediction for every channel.
+    total = counted.view(-1, groups).sum(0).clamp_min(1).unsqueeze(1)
+    mean = sums.view(-1, groups, sums.shape[1]).sum(0) / total
+    classes = mean.shape[1]
+    if prior is None:
+        tau = torch.full_like(mean, 1 / classes)
+    else:
+        if len(prior) != logits.shape[1]:
+            raise ValueError(f"prior must have {logits.shape[1]} classes, not {len(prior)}")
+        prior = prior.to(mean)
+        tau = torch.stack((prior, 1 - prior), 1) if spec.binary else prior.unsqueeze(0)
+    divergence = _bregman_divergence(mean, tau, q)
+    if reduction == "none":
+        if ratio is not None:
+            call = {"size": size, "align_corners": align_corners, "valid": valid, "labels": labels}
+            weights = image_weights(
+                logits,
+                ratio=ratio,
+                ignore_index=ignore_index,
+                activation=activation,
+                from_logits=from_logits,
+                **call,
+            )
+        else:
+            ones = z.new_ones((z.shape[0], *spec.spatial(z)), dtype=mean.dtype)
+            ones = ones if counted_map is None else ones * counted_map
+            weights = _pixels(ones, logits, spec)
+        per_channel = divergence.view(1, -1, *[1] * (weights.dim() - 2)) if spec.binary else None
+        return weights * (divergence.squeeze() if per_channel is None else per_channel)
+    if ratio is None:
+        weight = counted.to(mean.dtype)
+        weight = weight / counted.sum().clamp_min(1) if reduction == "mean" else weight
+    else:
+        _, counts = predicted = engine.classify(z, None, None, counted_map, spec)
+        if labels is not None:
+            check_map("labels", labels, logits, spec.spatial(z))
+            _, counts = _label_classes(labels, logits, z, counted_map, ignore_index, spec)
+        class_weights = _class_weights(counts, ratio, z.dtype)
+        weight = (class_weights * predicted[1][:, :-1]).sum(1)
+        weight = weight / max(z.shape[0], 1) if reduction == "mean" else weight
+    return (weight.view(-1, groups).sum(0) * divergence).sum()
+
+
+def max_square_factor(ratio: float | None, scale: str, classes: int) -> float:
+    """The factor of S_2 in the maximum squares loss."""
+    # The published image-wise code leaves out the half.
+    return 0.5 * scale_factor(scale, classes, 1 if ratio is None else 2)
+
+
+def scale_factor(scale: str, classes: int, reference_factor: float = 1) -> float:
+    """What `scale` multiplies a loss by."""
+    return 1.0 if scale == "paper" else reference_factor / classes
+
+
+def _class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> tuple[Tensor, Tensor]:
+    """(N, C) sums of probabilities, and (N,) numbers of pixels."""
+    if valid is None:
+        counted = z.new_full((z.shape[0],), math.prod(spec.spatial(z)), dtype=torch.long)
+    else:
+        counted = valid.flatten(1).sum(1)
+    return engine.class_sums(z, valid, spec), counted
+
+
+def _bregman_divergence(p: Tensor, tau: Tensor, q: float) -> Tensor:
+    """D_q(p, tau) over the last dimension, by L of potentials.py with a = 0: exact near q = 1.
+
+    D = sum p L(p) - tau L(tau) - (p - tau) (q L(tau) + 1), as p^q = p + (q - 1) p L(p).
+    """
+    tiny = torch.finfo(p.dtype).tiny
+
+    def L(p: Tensor) -> Tensor:
+        log_p = p.clamp_min(tiny).log()
+        return log_p if q == 1 else torch.expm1((q - 1) * log_p) / (q - 1)
+
+    return (p * L(p) - tau * L(tau) - (p - tau) * (q * L(tau) + 1)).sum(-1)
+
+
 def _tsallis_loss(
     logits: Tensor,
     potential: Tsallis,
     *,
-    factor: float = 1,
-    reference_factor: float = 1,
+    factor: Callable[[int], float],
     ratio: float | None,
     size: Size,
     align_corners: bool,
@@ -332,25 +496,23 @@ def _tsallis_loss(
     activation: str,
     from_logits: bool,
 ) -> Tensor:
-    """factor times the potential; scale="reference": times reference_factor / C too."""
+    """factor(C) times the potential."""
     check_options(
         q=potential.q, ratio=ratio, reduction=reduction, scale=scale, ignore_index=ignore_index
     )
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     check_image_wise(labels, ratio)
-    if scale == "reference":
-        factor *= reference_factor / spec.classes(z)
-    y = None
+    multiple, y = factor(spec.classes(z)), None
     if ratio is None:
         pixels = z.shape[0] * math.prod(spec.spatial(z))
         counted = pixels if valid is None else valid.count_nonzero()
-        weights = _mean_weights(counted, z, reduction, factor)
+        weights = _mean_weights(counted, z, reduction, multiple)
     else:
         y, counts = engine.classify(z, None, None, valid, spec)
         if labels is not None:
             check_map("labels", labels, logits, spec.spatial(z))
             _, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
-        weights = factor * _class_weights(counts, ratio, z.dtype)
+        weights = multiple * _class_weights(counts, ratio, z.dtype)
         weights = weights / max(z.shape[0], 1) if reduction == "mean" else weights
     return _reduce(logits, z, weights, y, valid, potential, reduction, spec)
 
