@@ -1,12 +1,12 @@
-"""Adapt a trained network while it works, on a stream of images that arrive without labels.
+"""Adapt a trained network while it predicts, on a stream of images without labels.
 
     python examples/adapt_online.py runs/demo-maxsquare-iw-multi-seed0/source-only/last.pt
 
-Every image is predicted once, as it comes, before the network has learnt from it, and no source
-image is needed. Compared are the network as it was trained; BatchNorm with the statistics of each
-batch; and, beside that, its scales and shifts learning from the entropy of each batch (TENT, Wang
-et al., ICLR 2021) or from its maximum squares loss. integrations/tent_segmentation.py is the same
-in forty lines, for a network of your own.
+Every image is predicted once, when it arrives, before the network learns from it, and no source
+image is needed. The script compares four networks: the network as it was trained; one whose
+BatchNorm uses the statistics of each batch; and two that also learn BatchNorm's scales and shifts
+from each batch, by its entropy (TENT, Wang et al., ICLR 2021) or by its maximum squares loss.
+integrations/tent_segmentation.py shows the same in forty lines, for a network of your own.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from uda.loading import load_network
 
 @dataclass(frozen=True)
 class Options:
-    """Compare a network as it was trained with ones that adapt to the stream they are given."""
+    """Compare a network as it was trained with networks that adapt to a stream of images."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint of train_uda.py, best one that knows only the source."""
+    """A checkpoint of train_uda.py, preferably of a source model."""
     data_root: Path | None = None
     """Folder that holds the data sets; default: that of the checkpoint's run."""
     batch_size: int = 4
@@ -55,9 +55,7 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return report.exit_code(
-        lambda: run(report.command_line(Options, arguments), report.PlainConsole())
-    )
+    return report.exit_code(lambda: run(report.command_line(Options, arguments), report.console()))
 
 
 def run(options: Options, console: Console) -> None:
@@ -84,7 +82,7 @@ def run(options: Options, console: Console) -> None:
 def adapt(
     network: nn.Module, loader: DataLoader, space: datasets.LabelSpace, loss: nn.Module, lr: float
 ) -> Scores:
-    """Predict and learn, batch by batch; the scores of the predictions."""
+    """Predict each batch, then learn from it; returns the scores of the predictions."""
     optimizer = torch.optim.SGD(prepare(network), lr=lr, momentum=0.9)
     confusion = MulticlassConfusionMatrix(len(space), ignore_index=-1)
     for images, labels, _ in loader:

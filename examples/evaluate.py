@@ -3,8 +3,8 @@
     python examples/evaluate.py runs/demo-maxsquare-iw-multi-seed0/last.pt
     python examples/evaluate.py published.pth --data-root DIR --out predictions
 
-What an option leaves open is taken from the run that wrote the checkpoint; a checkpoint of the
-published code, which holds weights alone, gets the settings of its GTA5 to Cityscapes runs.
+Options that are not given are taken from the run that wrote the checkpoint. A checkpoint of the
+published code holds only weights and gets the settings of its GTA5 to Cityscapes runs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Options:
     aspp: Aspp | None = None
     """Dilations of the classifier heads that the checkpoint was trained with."""
     normalize: datasets.Normalization = "published"
-    """What the network sees: BGR minus the published mean, or RGB as torchvision's weights do."""
+    """Preprocessing: BGR minus the published mean, or RGB as torchvision's weights expect it."""
     flip: bool = True
     """Average the predictions for an image and its mirror image."""
     out: Path | None = None
@@ -70,9 +70,7 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return report.exit_code(
-        lambda: run(report.command_line(Options, arguments), report.PlainConsole())
-    )
+    return report.exit_code(lambda: run(report.command_line(Options, arguments), report.console()))
 
 
 def run(options: Options, console: Console) -> None:
@@ -104,7 +102,7 @@ def run(options: Options, console: Console) -> None:
             normalize=options.normalize,
             full_labels=full_labels,
         )
-        # One by one, because label files of one data set may differ in size.
+        # One image at a time, because label files of one data set may differ in size.
         loaders[name] = DataLoader(dataset, batch_size=1, num_workers=options.workers)
     pictures = picture_files(dataset, options.out) if options.out else []
     columns = {}
@@ -119,7 +117,7 @@ def run(options: Options, console: Console) -> None:
                 device=device,
                 on_progress=lambda images, task=task: progress.advance(task, images),
             )
-    # What blind guessing of equally frequent classes can reach at most.
+    # Random guessing of equally frequent classes reaches at most this.
     if all(scores.miou < 100 / len(dataset.space) for scores in columns.values()):
         console.print(
             "This is no better than chance. Does the checkpoint expect another preprocessing "
@@ -143,9 +141,9 @@ def run(options: Options, console: Console) -> None:
 
 
 def picture_files(dataset: datasets.SegmentationDataset, out: Path) -> list[Path]:
-    """Where the prediction for each image goes: a file with the image's name.
+    """The file for the prediction of each image: it has the image's name.
 
-    Where images of several folders have one name, they go into folders of the same names.
+    If images of several folders share a name, their folders are kept.
     """
     images = [image for image, _ in dataset.pairs]
     files = [out / f"{image.stem}.png" for image in images]

@@ -16,10 +16,10 @@ from uda.errors import UserError
 
 @dataclass(frozen=True)
 class Scores:
-    """What a confusion matrix says, in percent.
+    """The scores of a confusion matrix, in percent.
 
-    A class takes part in a mean where its score is defined: IoU unless it is absent from labels
-    and predictions alike, accuracy if it is in the labels, precision if it was ever predicted.
+    A mean is taken over the classes whose score is defined: the IoU unless the class is absent from
+    both labels and predictions, accuracy if it is in the labels, precision if it was predicted.
 
     Args:
         confusion: (C, C) pixel counts; rows are labels, columns predictions.
@@ -101,7 +101,7 @@ def evaluate(
     returns the scores of all of them.
 
     Raises:
-        UserError: the model's outputs are not finite, so that their largest means nothing.
+        UserError: the model's outputs are not finite, so that their argmax is meaningless.
     """
     matrix = MulticlassConfusionMatrix(len(space.names), ignore_index=-1, validate_args=False)
     matrix = matrix.to(device)
@@ -117,7 +117,7 @@ def evaluate(
             on_progress(len(images))
     model.train(was_training)
     confusion = matrix.compute().cpu()
-    # Read but once, because that synchronises, and after what all processes take part in.
+    # Read once, because reading synchronises, and only after all processes have exchanged matrices.
     if not finite:
         raise UserError(
             "The network's outputs are not finite: give other weights, or train these with a "

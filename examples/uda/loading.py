@@ -1,4 +1,4 @@
-"""From settings to what is trained on and what is trained: scenes, data sets, batches, network."""
+"""From settings to scenes, data sets, batches and the network."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def open_data(
         s.target, target_root, "val", size=s.target_size, classes=s.classes
     )
     if s.source_evaluate_every:
-        open_source_validation(s)  # whose absence is to show now, not after so many steps
+        open_source_validation(s)  # to find out now, not after many steps, if it is missing
     if source.space.names != validation.space.names:
         raise UserError(
             f"{source_root} and {target_root} do not name the same classes in the same order "
@@ -79,7 +79,7 @@ def open_data(
 
 
 def list_warning(s: Settings, images: int) -> str | None:
-    """What to tell about a source of `images` images that is not the published list of them."""
+    """A warning if the number of source images differs from that of the published list."""
     listed = LISTED_IMAGES.get(s.source)
     if s.preset == Settings.preset or listed in (None, images):
         return None
@@ -109,8 +109,8 @@ def batches(
 ) -> Iterator[Sample]:
     """Batches number `first` to `last` - 1 of an endless shuffled pass over a data set.
 
-    A batch depends on the seed, the stream and its number alone, so that a resumed run goes on
-    with the data of an uninterrupted one. Each of `world` processes receives its share of it.
+    A batch depends only on the seed, the stream and its number, so that a resumed run sees the
+    same data as an uninterrupted one. Each of `world` processes receives its share of the batch.
     """
     per_epoch = len(dataset) // s.batch_size
     while first < last:
@@ -132,14 +132,14 @@ def validation_loader(
 
 
 def _loader(
-    dataset: torch.utils.data.Dataset[Sample], s: Settings, **how: Any
+    dataset: torch.utils.data.Dataset[Sample], s: Settings, **options: Any
 ) -> DataLoader[Sample]:
     return DataLoader(
         dataset,
         num_workers=s.workers,
         pin_memory=s.device != "cpu" and torch.cuda.is_available(),
         generator=torch.Generator(),  # leaves the global random state alone
-        **how,
+        **options,
     )
 
 
@@ -175,10 +175,10 @@ def load_network(path: Path, **changes: Any) -> tuple[deeplab.DeepLabV2, Setting
     A checkpoint of the published code holds no settings: it gets the defaults. `changes` that are
     not None replace settings.
     """
-    settings = checkpoint.read(path).get("settings")
+    settings = checkpoint.read(path).get("settings", {})
     try:
-        s = Settings() if settings is None else from_json(settings)
-    except UserError as error:
+        s = from_json(settings)
+    except (UserError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} holds settings that this script cannot use ({str(error).rstrip('.')}): give "
             "another checkpoint."
@@ -191,7 +191,7 @@ def load_network(path: Path, **changes: Any) -> tuple[deeplab.DeepLabV2, Setting
 
 
 def check_data(s: Settings, console: Console) -> None:
-    """Read every file of the source and of the labelled target, and print what is there."""
+    """Read every file of the source and of the labelled target, and print a report."""
     if s.data_root is None:
         raise UserError("--check-data needs the folder of the data sets: give it as --data-root.")
     parts = ((s.source, s.source_folder, "train"), (s.target, s.target_folder, "val"))
