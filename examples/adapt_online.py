@@ -28,10 +28,11 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from integrations.tent_segmentation import prepare
 from maxsquare import EntropyLoss, MaxSquareLoss
-from uda import datasets, report
+from uda import report
+from uda.datasets import LabelSpace
 from uda.errors import UserError
 from uda.evaluation import Scores, evaluate
-from uda.loading import load_network
+from uda.loading import load_network, open_validation
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Options:
     """A checkpoint of train_uda.py, preferably of a source model."""
     data_root: Path | None = None
     """Folder that holds the data sets; default: that of the checkpoint's run."""
+    network: str | None = None
+    """package.module:factory of a network of your own, if the checkpoint belongs to one."""
     batch_size: int = 4
     """Images that arrive together."""
     lr: float = 1e-3
@@ -59,28 +62,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: Options, console: Console) -> None:
-    network, s = load_network(options.checkpoint, data_root=options.data_root)
+    network, s = load_network(
+        options.checkpoint, data_root=options.data_root, network=options.network
+    )
     if s.data_root is None:
         raise UserError("The checkpoint does not say where its data are: give --data-root.")
-    stream = datasets.open_dataset(
-        s.target, s.data_root / s.target_folder, "val", classes=s.classes, size=s.target_size
-    )
+    stream = open_validation(s)
     loader = DataLoader(stream, batch_size=options.batch_size)
+    how = {"space": stream.space, "align_corners": s.corners}
     columns = {}
     with console.status("predicting"):
-        columns["as trained"] = evaluate(network, loader, stream.space, flip=False)
+        columns["as trained"] = evaluate(network, loader, flip=False, **how)
         normalised = copy.deepcopy(network)
-        prepare(normalised)
-        columns["statistics"] = evaluate(normalised, loader, stream.space, flip=False)
+        if not prepare(normalised):
+            raise UserError("The network has no normalisation layers to adapt: give another.")
+        columns["statistics"] = evaluate(normalised, loader, flip=False, **how)
     for name, loss in {"entropy": EntropyLoss(), "maximum squares": MaxSquareLoss()}.items():
         with console.status(f"adapting by {name}"):
             adapting = copy.deepcopy(network)
-            columns[name] = adapt(adapting, loader, stream.space, loss, options.lr)
+            columns[name] = adapt(adapting, loader, loss, options.lr, **how)
     console.print(report.scores_table(columns, "A stream of target images"))
 
 
 def adapt(
-    network: nn.Module, loader: DataLoader, space: datasets.LabelSpace, loss: nn.Module, lr: float
+    network: nn.Module,
+    loader: DataLoader,
+    loss: nn.Module,
+    lr: float,
+    *,
+    space: LabelSpace,
+    align_corners: bool,
 ) -> Scores:
     """Predict each batch, then learn from it; returns the scores of the predictions."""
     optimizer = torch.optim.SGD(prepare(network), lr=lr, momentum=0.9)
@@ -91,10 +102,10 @@ def adapt(
         if not logits.isfinite().all():
             raise UserError(f"The network diverges with --lr {lr}: give a smaller one.")
         optimizer.zero_grad()
-        loss(logits, size=size, align_corners=True).backward()
+        loss(logits, size=size, align_corners=align_corners).backward()
         optimizer.step()
         with torch.no_grad():
-            full = F.interpolate(logits, size, mode="bilinear", align_corners=True)
+            full = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
         confusion.update(full.argmax(dim=1), labels)
     return Scores(confusion.compute(), space.names)
 

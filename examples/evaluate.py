@@ -49,11 +49,14 @@ class Options:
     """Number of classes: 19, 16 or 13 of Cityscapes, or as many as a folder's label map names."""
     target_size: tuple[int, int] | None = None
     """Height and width at which the network sees the images."""
-    network: Literal["small", "resnet101"] | None = None
-    """Architecture of the checkpoint."""
+    network: str | None = None
+    """Architecture of the checkpoint: small, resnet101 or package.module:factory. The last must be
+    given even if the checkpoint names it, because it runs code."""
+    align_corners: bool = False
+    """Upsample the logits of a network of your own with align_corners=True."""
     aspp: Aspp | None = None
     """Dilations of the classifier heads that the checkpoint was trained with."""
-    normalize: datasets.Normalization = "published"
+    normalize: datasets.Normalization | None = None
     """Preprocessing: BGR minus the published mean, or RGB as torchvision's weights expect it."""
     flip: bool = True
     """Average the predictions for an image and its mirror image."""
@@ -86,6 +89,8 @@ def run(options: Options, console: Console) -> None:
         target_size=options.target_size,
         network=options.network,
         aspp=options.aspp,
+        normalize=options.normalize,
+        align_corners=options.align_corners or None,
     )
     if s.data_root is None:
         raise UserError("The checkpoint does not say where its data are: give --data-root.")
@@ -99,7 +104,7 @@ def run(options: Options, console: Console) -> None:
             options.split,
             classes=s.classes,
             size=s.target_size,
-            normalize=options.normalize,
+            normalize=s.normalize,
             full_labels=full_labels,
         )
         # One image at a time, because label files of one data set may differ in size.
@@ -114,6 +119,7 @@ def run(options: Options, console: Console) -> None:
                 loader,
                 dataset.space,
                 flip=options.flip,
+                align_corners=s.corners,
                 device=device,
                 on_progress=lambda images, task=task: progress.advance(task, images),
             )
@@ -133,8 +139,14 @@ def run(options: Options, console: Console) -> None:
         with report.progress_bar(console) as progress:
             task = progress.add_task("writing predictions", total=len(dataset), note="")
             for (image, labels, _), file in zip(loaders[FULL], pictures, strict=True):
-                classes = predict(network, image.to(device), labels.shape[-2:], flip=options.flip)
-                picture = plots.colorize(classes[0].argmax(dim=0).cpu(), dataset.space)
+                probabilities = predict(
+                    network,
+                    image.to(device),
+                    labels.shape[-2:],
+                    flip=options.flip,
+                    align_corners=s.corners,
+                )
+                picture = plots.colorize(probabilities[0].argmax(dim=0).cpu(), dataset.space)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(file)
                 progress.advance(task)

@@ -17,8 +17,6 @@ import tyro
 
 from uda import checkpoint, report
 from uda.errors import UserError
-from uda.loading import load_network
-from uda.outputs import as_json
 
 # Settings that only make sense on the machine of the run.
 LOCAL = ("out", "data_root", "init", "resume")
@@ -43,10 +41,9 @@ def run(options: Options) -> None:
         raise UserError(f"{options.out} does not end in .safetensors: choose such a name.")
     if options.out.exists():
         raise UserError(f"{options.out} exists: choose another name, or remove it.")
-    checkpoint.load(options.checkpoint, needs=("model", "settings"))
-    network, s = load_network(options.checkpoint)
-    settings = {name: value for name, value in as_json(s).items() if name not in LOCAL}
-    checkpoint.export(options.out, network.state_dict(), settings)
+    state = checkpoint.load(options.checkpoint, needs=("model", "settings"))
+    settings = {name: value for name, value in state["settings"].items() if name not in LOCAL}
+    checkpoint.export(options.out, state["model"], settings)
     print(f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MiB")
 
 

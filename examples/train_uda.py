@@ -148,6 +148,7 @@ def run(settings: Settings, console: Console) -> None:
         loading.check_scenes(settings)
     else:
         data = loading.open_data(settings)
+    loading.check_network(settings)
     if settings.init and not resumes(settings, out / SOURCE_ONLY):
         loading.load_init(loading.build_network(settings), settings)
     fabric = start_fabric(settings)
@@ -228,6 +229,7 @@ def train_source(job: Job, folder: Path) -> State:
             job.source_batches(steps),
             adaptation.learning_rates(s.source_lr, steps, s.source_horizon or s.source_steps),
             low_weight=s.low_weight,
+            align_corners=s.corners,
             backward=job.fabric.backward,
         )
         for step, losses in stage.count(training):
@@ -262,6 +264,7 @@ def adapt(job: Job, method: str, folder: Path, start: Mapping[str, torch.Tensor]
             methods[method],
             target_weight=s.target_weight,
             low_weight=s.low_weight,
+            align_corners=s.corners,
             backward=job.fabric.backward,
         )
         for step, losses in stage.count(training):
@@ -441,6 +444,7 @@ class Stage:
                 self.network,
                 loader,
                 dataset.space,
+                align_corners=job.settings.corners,
                 device=job.fabric.device,
                 on_progress=lambda images: progress.advance(task, images),
             )

@@ -55,12 +55,11 @@ from maxsquare import (
     class_gradient_share,
     gradient_profile,
 )
-from uda import datasets, report
+from uda import report
 from uda.datasets import LabelSpace, Sample, SegmentationDataset
-from uda.deeplab import DeepLabV2
 from uda.errors import UserError
 from uda.evaluation import Scores
-from uda.loading import load_network, validation_loader
+from uda.loading import load_network, open_validation, validation_loader
 from uda.presets import Settings
 
 QUESTION = (
@@ -107,6 +106,8 @@ class Options:
     """A checkpoint of train_uda.py, preferably of a source model; default: Figure 1 only."""
     data_root: Path | None = None
     """Folder that holds the data sets; default: that of the checkpoint's run."""
+    network: str | None = None
+    """package.module:factory of a network of your own, if the checkpoint belongs to one."""
     images: int | None = None
     """Number of validation images, spread evenly over all of them; default: all."""
     q: tuple[float, ...] = (1.0, 1.5, 2.0, 2.5, 3.0)
@@ -184,6 +185,7 @@ def run(options: Options, given: Sequence[str], console: Console) -> None:
                 network.to(device),
                 loader,
                 space,
+                align_corners=s.corners,
                 device=device,
                 on_progress=lambda count: progress.advance(task, count),
             )
@@ -289,16 +291,14 @@ def plot_profiles(profiles: Mapping[float, GradientProfile], classes: int) -> Fi
 
 def open_checkpoint(
     path: Path, options: Options
-) -> tuple[DeepLabV2, Subset[Sample], LabelSpace, Settings]:
+) -> tuple[nn.Module, Subset[Sample], LabelSpace, Settings]:
     """The network, its validation images, their classes, and the settings of its run."""
     if options.images is not None and options.images < 1:
         raise UserError(f"--images must be at least 1, not {options.images}.")
-    network, s = load_network(path, data_root=options.data_root)
+    network, s = load_network(path, data_root=options.data_root, network=options.network)
     if s.data_root is None:
         raise UserError("The checkpoint does not say where its data are: give --data-root.")
-    validation = datasets.open_dataset(
-        s.target, s.data_root / s.target_folder, "val", classes=s.classes, size=s.target_size
-    )
+    validation = open_validation(s)
     return network, spread(validation, options.images), validation.space, s
 
 
@@ -314,6 +314,7 @@ def measure(
     loader: Iterable[Sample],
     space: LabelSpace,
     *,
+    align_corners: bool = True,
     device: str = "cpu",
     on_progress: Callable[[int], object] = lambda images: None,
 ) -> Measured:
@@ -325,7 +326,7 @@ def measure(
     shares = {name: torch.zeros_like(predicted) for name in LOSSES}
     network.eval()
     for images, labels, _ in loader:
-        how = {"size": tuple(labels.shape[-2:]), "align_corners": True}
+        how = {"size": tuple(labels.shape[-2:]), "align_corners": align_corners}
         logits, _ = network(images.to(device))
         full = F.interpolate(logits, mode="bilinear", **how)
         largest, prediction = (x.cpu() for x in full.softmax(dim=1).max(dim=1))

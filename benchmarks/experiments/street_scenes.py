@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from uda import adaptation, deeplab, loading
@@ -108,13 +108,13 @@ class StreetScenes:
             dict(zip(validation.space.names, share, strict=True)),
         )
 
-    def _network(self, weights: dict[str, Tensor]) -> deeplab.DeepLabV2:
+    def _network(self, weights: dict[str, Tensor]) -> nn.Module:
         network = loading.build_network(self.settings)
         network.load_state_dict(weights)
         return network
 
 
-def _adapt(network: deeplab.DeepLabV2, s: Settings) -> dict[str, Tensor]:
+def _adapt(network: nn.Module, s: Settings) -> dict[str, Tensor]:
     """The adaptation of train_uda.py in bfloat16, without checkpoints or evaluations."""
     losses = adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight)
     source, target, _ = loading.open_data(s)

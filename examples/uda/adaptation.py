@@ -78,6 +78,7 @@ def adaptation_step(
     *,
     target_weight: float,
     low_weight: float = 0.0,
+    align_corners: bool = True,
     backward: Callable[[Tensor], Any] = Tensor.backward,
 ) -> Losses:
     """Learn from labelled source images and unlabelled target images; one optimiser step.
@@ -86,26 +87,30 @@ def adaptation_step(
     statistics, and only one graph is in memory at a time.
 
     Args:
-        model: images (N, 3, H, W) to (logits, low_logits) at any stride; in training mode.
+        model: images (N, 3, H, W) to (logits, low_logits) at any stride, in training mode;
+            low_logits is None for a network of one head.
         optimizer: updates the model; set its learning rate first (`set_learning_rate`).
         source_images, source_labels: (N, 3, H, W) and (N, H, W), -1 = ignored.
         target_images: (M, 3, H', W').
         target_loss: any maxsquare loss; a MultiLevelLoss sees both heads, others the final one.
         target_weight: weight of the target loss; its size depends on the loss's ``scale``.
         low_weight: weight of the low-level head's source cross entropy; 0 leaves that head alone.
+        align_corners: how logits are upsampled, as in `torch.nn.functional.interpolate`.
         backward: computes the gradients; ``fabric.backward`` under Lightning Fabric.
 
     Returns:
         The losses, on the model's device: the step does not synchronise, reading their values does.
     """
     optimizer.zero_grad()
-    source, source_low = source_losses(model, source_images, source_labels, low_weight)
+    source, source_low = source_losses(
+        model, source_images, source_labels, low_weight, align_corners
+    )
     backward(source + source_low)
 
     logits, low_logits = model(target_images)
     heads = (logits, low_logits) if reads_both_heads(target_loss) else (logits,)
     size = target_images.shape[-2:]
-    target = target_weight * target_loss(*heads, size=size, align_corners=True)
+    target = target_weight * target_loss(*heads, size=size, align_corners=align_corners)
     backward(target)
 
     optimizer.step()
@@ -119,11 +124,14 @@ def source_step(
     source_labels: Tensor,
     *,
     low_weight: float = 0.0,
+    align_corners: bool = True,
     backward: Callable[[Tensor], Any] = Tensor.backward,
 ) -> Losses:
     """Learn from labelled source images alone; arguments as in `adaptation_step`."""
     optimizer.zero_grad()
-    source, source_low = source_losses(model, source_images, source_labels, low_weight)
+    source, source_low = source_losses(
+        model, source_images, source_labels, low_weight, align_corners
+    )
     backward(source + source_low)
     optimizer.step()
     return Losses(source.detach(), source_low.detach(), target=source.new_zeros(()))
@@ -134,16 +142,12 @@ def train_source(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Sample],
     rates: Iterable[float],
-    *,
-    low_weight: float,
-    backward: Callable[[Tensor], Any] = Tensor.backward,
+    **options: Any,
 ) -> Iterator[Losses]:
-    """Take one `source_step` for every learning rate; yields the losses after each step."""
+    """Take one `source_step` with these options for every learning rate; yields its losses."""
     for rate, (images, labels, _) in zip(rates, batches, strict=True):
         set_learning_rate(optimizer, rate)
-        yield source_step(
-            model, optimizer, images, labels, low_weight=low_weight, backward=backward
-        )
+        yield source_step(model, optimizer, images, labels, **options)
 
 
 def adapt(
@@ -156,9 +160,9 @@ def adapt(
     *,
     target_weight: float,
     low_weight: float,
-    backward: Callable[[Tensor], Any] = Tensor.backward,
+    **options: Any,
 ) -> Iterator[Losses]:
-    """Take one `adaptation_step` for every learning rate; yields the losses after each step.
+    """Take one `adaptation_step` for every learning rate; yields its losses.
 
     Args:
         model, optimizer: as in `adaptation_step`.
@@ -168,10 +172,10 @@ def adapt(
         target_weight: weight of the target loss.
         low_weight: weight of the low-level head's source cross entropy, where the target loss reads
             that head.
-        backward: as in `adaptation_step`.
+        options: others of `adaptation_step`.
     """
     if target_loss is None:
-        yield from train_source(model, optimizer, source, rates, low_weight=0.0, backward=backward)
+        yield from train_source(model, optimizer, source, rates, **options)
         return
     for rate, (images, labels, _), (target_images, _, _) in zip(rates, source, target, strict=True):
         set_learning_rate(optimizer, rate)
@@ -184,7 +188,7 @@ def adapt(
             target_loss,
             target_weight=target_weight,
             low_weight=low_weight if reads_both_heads(target_loss) else 0.0,
-            backward=backward,
+            **options,
         )
 
 
@@ -198,16 +202,20 @@ def target_statistics(model: nn.Module, target_images: Iterable[Tensor]) -> None
 
 
 def source_losses(
-    model: nn.Module, images: Tensor, labels: Tensor, low_weight: float
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    low_weight: float,
+    align_corners: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of the final head, and of the low-level head times its weight."""
     logits, low_logits = model(images)
-    size = labels.shape[-2:]
-    source = functional.cross_entropy(logits, labels, size=size, align_corners=True)
-    if low_weight == 0:  # no gradient at all: a zero one would still decay the head's weights
+    options = {"size": labels.shape[-2:], "align_corners": align_corners}
+    source = functional.cross_entropy(logits, labels, **options)
+    # With weight 0 the low head gets no gradient: even a zero gradient would decay its weights.
+    if low_weight == 0 or low_logits is None:
         return source, source.new_zeros(())
-    low = functional.cross_entropy(low_logits, labels, size=size, align_corners=True)
-    return source, low_weight * low
+    return source, low_weight * functional.cross_entropy(low_logits, labels, **options)
 
 
 def reads_both_heads(target_loss: nn.Module | None) -> bool:
@@ -238,10 +246,11 @@ def parameter_groups(
     backbone_updates: BackboneUpdates = "once",
     head_multiple: float = 10.0,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of a DeepLabV2 as groups for `RepeatedSGD`.
+    """The trainable parameters of a network as groups for `RepeatedSGD`.
 
     Args:
-        model: the network.
+        model: a DeepLabV2, or a network with the same names of layers; a network with other names
+            has no heads here and learns at ``lr`` throughout.
         lr: learning rate of the backbone.
         backbone_updates: "once" updates every tensor once per step. "duplicated" updates the
             residual stages three times and their shortcuts four times, as often as the published

@@ -22,6 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
 from uda.errors import UserError
 
@@ -116,6 +117,78 @@ def read(path: Path) -> dict[str, Any]:
             "give a checkpoint or a state dict."
         )
     return state
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a file, either by themselves or under "model" or "state_dict"."""
+    content = read(path)
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    weights = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    if len(weights) < len(content) or not weights:
+        raise UserError(
+            f'{path} holds no weights, neither by themselves nor under "model" or "state_dict".'
+        )
+    return weights
+
+
+def strip_prefix(weights: Mapping[str, Tensor], first: str) -> dict[str, Tensor]:
+    """Remove from all names what precedes the network's `first` name, such as "module."."""
+    # Deeper modules may use the name again, behind a longer prefix.
+    found = min((key for key in weights if key.endswith(first)), key=len, default=first)
+    prefix = found.removesuffix(first)
+    return {key.removeprefix(prefix): value for key, value in weights.items()}
+
+
+def load_weights(
+    network: nn.Module, weights: Mapping[str, Tensor], path: Path, *, optional: tuple[str, ...] = ()
+) -> None:
+    """Give a network the weights of a file, which must fit.
+
+    Args:
+        network: receives the weights.
+        weights: the weights by the names of the network.
+        path: the file that they come from.
+        optional: beginnings of names that the file may lack.
+
+    Raises:
+        UserError: names the first weights that are missing, unknown, or of another shape or type.
+    """
+    own = network.state_dict()
+    # Files from before torch 0.4.1 do not count batches, and no code here needs that number.
+    missing = [
+        key
+        for key in own
+        if key not in weights and not key.startswith(optional)
+        if not key.endswith("num_batches_tracked")
+    ]
+    unknown = [key for key in weights if key not in own]
+    shared = [(key, weights[key], wanted) for key, wanted in own.items() if key in weights]
+    misshapen = [
+        f"{key} {tuple(weight.shape)} where this network has {tuple(wanted.shape)}"
+        for key, weight, wanted in shared
+        if weight.shape != wanted.shape
+    ]
+    # The integers of a quantised model mean nothing without their scale.
+    mistyped = [
+        f"{key} in {weight.dtype}"
+        for key, weight, wanted in shared
+        if weight.is_floating_point() != wanted.is_floating_point()
+    ]
+    problems = {"lacks": missing, "has unknown": unknown, "has": misshapen or mistyped}
+    for problem, keys in problems.items():
+        if keys:
+            listed = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise UserError(
+                f"{path} does not fit this network: it {problem} {listed}; "
+                "give weights of the same architecture and number of classes."
+            )
+    network.load_state_dict(weights, strict=False)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from uda.adaptation import BackboneUpdates
-from uda.datasets import MOST_CLASSES, Kind
+from uda.datasets import MOST_CLASSES, Kind, Normalization
 from uda.deeplab import Aspp
 from uda.errors import UserError
 
@@ -31,6 +31,7 @@ Method = Literal[
 ]
 # The methods that the paper compares; "all" runs them.
 COMPARED = ("source", "entropy", "maxsquare", "maxsquare-iw", "maxsquare-iw-multi", "pseudo-label")
+DEEPLABS = ("small", "resnet101")
 LARGEST_SEED = 2**32 - 1  # of NumPy's generators
 # The stride of the network. A smaller image has one position of logits, and BatchNorm cannot
 # average over a batch of one.
@@ -99,8 +100,16 @@ class Settings:
     --data-root unless they are there; 0, and always for layouts other than gta5 and cityscapes:
     use the data sets that are there."""
 
-    network: Literal["small", "resnet101"] = "resnet101"
-    """DeepLabv2 on the published ResNet-101, or a small one that trains from scratch on a CPU."""
+    normalize: Normalization = "published"
+    """Preprocessing: BGR minus the published mean, or RGB as torchvision's weights expect it."""
+
+    network: str = "resnet101"
+    """DeepLabv2 on the published ResNet-101; "small", which trains from scratch on a CPU; or a
+    network of your own as package.module:factory, a callable that takes the number of classes and
+    returns an nn.Module."""
+    align_corners: bool = False
+    """Upsample the logits of a network of your own with align_corners=True, as those of DeepLabv2
+    always are."""
     aspp: Aspp = "published"
     """Dilations of the classifier heads: 6 and 12 as the published code, or 6, 12, 18 and 24."""
     freeze_bn: bool = False
@@ -189,6 +198,11 @@ class Settings:
                     f"{option(name)} {height} {width} is too small for the network: take at least "
                     f"{SMALLEST_SIDE} pixels each way."
                 )
+        if not self.has_deeplab and ":" not in self.network:
+            raise UserError(
+                f"--network {self.network} is neither {' nor '.join(DEEPLABS)}: name a network of "
+                "your own as package.module:factory."
+            )
         if not 2 <= self.classes <= MOST_CLASSES:
             raise UserError(f"--classes must be from 2 to {MOST_CLASSES}, not {self.classes}.")
         if self.seed > LARGEST_SEED:
@@ -220,6 +234,16 @@ class Settings:
                     f"{option(horizon)} {getattr(self, horizon)} ends before {option(steps)} "
                     f"{getattr(self, steps)}: make it at least as large, or 0."
                 )
+
+    @property
+    def has_deeplab(self) -> bool:
+        """Whether the network is one of this example's."""
+        return self.network in DEEPLABS
+
+    @property
+    def corners(self) -> bool:
+        """The align_corners with which logits are upsampled."""
+        return self.has_deeplab or self.align_corners
 
 
 def option(name: str) -> str:

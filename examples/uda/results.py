@@ -98,7 +98,8 @@ def write_panel(
     for index in torch.linspace(0, len(validation) - 1, PANEL_ROWS).long().unique().tolist():
         image, labels, _ = validation[index]
         before, after = (
-            predict(network, image[None], s.target_size)[0].argmax(dim=0) for network in networks
+            predict(network, image[None], s.target_size, align_corners=s.corners)[0].argmax(dim=0)
+            for network in networks
         )
-        rows.append((to_rgb(image), labels, before, after))
+        rows.append((to_rgb(image, s.normalize), labels, before, after))
     plots.panel(rows, s.out / "panel.png", space=validation.space)
