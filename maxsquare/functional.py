@@ -450,6 +450,15 @@ def prediction_divergence(
     return (weight.view(-1, groups).sum(0) * divergence).sum()
 
 
+def prediction_counts(
+    logits: Tensor, *, size: Size, align_corners: bool, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(N,) numbers of counted pixels, and (N, C) numbers of pixels predicted as each class."""
+    z, valid, spec = _prepare(logits, size, align_corners, valid)
+    _, counts = engine.classify(z, None, None, valid, spec)
+    return counts.sum(1), counts[:, :-1]
+
+
 def max_square_factor(ratio: float | None, scale: str, classes: int) -> float:
     """The factor of S_2 in the maximum squares loss."""
     # The published image-wise code leaves out the half.

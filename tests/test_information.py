@@ -16,6 +16,7 @@ from maxsquare import (
     IWMaxSquareLoss,
     MaxSquareLoss,
     MultiLevelLoss,
+    PredictionStatistics,
     PseudoLabelLoss,
     TeacherLoss,
     TsallisEntropyLoss,
@@ -319,3 +320,42 @@ def test_a_teacher_is_like_its_student() -> None:
         TeacherLoss()(z, z.long())
     assert TeacherLoss(0.5)(z.float(), z.half()).dtype == torch.float32
     assert TeacherLoss(1.0)(z, z) == 0
+
+
+# Statistics of predictions ------------------------------------------------------------------------
+
+
+@each_size
+def test_statistics_over_batches_are_those_of_all_pixels_at_once(size) -> None:
+    statistics, pixels = PredictionStatistics(), []
+    for seed in range(3):
+        z = random_logits((seed + 1, 4, 5, 6), seed=seed, spread=4)
+        z[:, 3] -= 99  # a class that nothing is predicted as
+        valid = random_valid((len(z), *(size or (5, 6))), seed=seed)
+        statistics.update(z.requires_grad_(), size=size, valid=valid)
+        pixels.append(upsample(z.detach(), size).softmax(1).movedim(1, -1)[valid])
+    p = torch.cat(pixels)
+    found = statistics.compute()
+    entropy = torch.special.entr(p).sum(1).mean()
+    diversity = torch.special.entr(p.mean(0)).sum()
+    assert_close(found.entropy, entropy)
+    assert_close(found.proportions, p.mean(0))
+    assert_close(found.diversity, diversity)
+    assert_close(found.information, diversity - entropy)
+    assert found.classes == 3
+    statistics.reset()
+    with pytest.raises(ValueError, match="at least one counted pixel"):
+        statistics.compute()
+
+
+def test_statistics_are_of_one_number_of_classes() -> None:
+    statistics = PredictionStatistics()
+    statistics.update(random_logits((1, 3, 4)))
+    with pytest.raises(ValueError, match="3 classes as before, not 4"):
+        statistics.update(random_logits((1, 4, 4)))
+    with pytest.raises(TypeError, match="logits must be a tensor"):
+        statistics.update(None)
+    nothing = PredictionStatistics()
+    nothing.update(random_logits((1, 3, 4)), valid=torch.zeros(1, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="at least one counted pixel"):
+        nothing.compute()
