@@ -73,15 +73,26 @@ def kernels_for(z: Tensor) -> ModuleType | None:
 def cuda_kernels(device: torch.device) -> ModuleType | None:
     """The CUDA kernels, if they give what the plain formula gives on this device."""
     if device not in _CHECKED_KERNELS:
-        # The check waits for the device, which a graph that is being captured must not.
         if torch.cuda.is_current_stream_capturing():
-            return None
+            raise RuntimeError(
+                "a CUDA graph can capture a loss of maxsquare after its first call, "
+                "which checks and compiles the kernels: call the loss once before the capture"
+            )
         _CHECKED_KERNELS[device] = check_cuda_kernels(device)
     return _CHECKED_KERNELS[device]
 
 
 # Of each device, once it was checked.
 _CHECKED_KERNELS: dict[torch.device, ModuleType | None] = {}
+
+# They say nothing of the kernels: the call fails, and the next one checks again. PyTorch has
+# AcceleratorError (an asynchronous CUDA error) from 2.8 on.
+_OTHER_FAILURES = (
+    MemoryError,
+    OSError,
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", MemoryError),
+)
 
 
 def check_cuda_kernels(device: torch.device) -> ModuleType | None:
@@ -90,6 +101,8 @@ def check_cuda_kernels(device: torch.device) -> ModuleType | None:
         kernels = importlib.import_module("maxsquare.engine.cuda")
         with torch.cuda.device(device):
             kernels.check(device)
+    except _OTHER_FAILURES:
+        raise
     except Exception as error:
         # No Triton, no compiler for its launcher, a GPU too old or not NVIDIA's, another version.
         warnings.warn(
