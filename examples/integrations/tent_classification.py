@@ -2,7 +2,7 @@
 
 The network predicts every batch when it arrives, then takes one step on its own prediction, with
 TENT's entropy or with maximum squares. Only scale and shift of the normalisation layers learn.
-Low-resolution logits and align_corners: a classifier's logits are (N, C); nothing is upsampled. (Plain losses collapse.)
+Low-resolution logits and align_corners: a classifier's logits are (N, C); nothing is upsampled.
 """
 
 import timm
