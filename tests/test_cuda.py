@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from support import (
     assert_within_budget,
     inputs_of,
     lay_out,
+    loss_named,
     oracle,
     random_labels,
     random_logits,
@@ -32,8 +34,8 @@ from support import (
 )
 from torch import Tensor
 
-from maxsquare.engine import operators, plain
-from maxsquare.potentials import POWER_FROM_Q, CrossEntropy, Potential, Tsallis
+from maxsquare.engine import LogitsSpec, operators, plain
+from maxsquare.potentials import POWER_FROM_Q, CrossEntropy, Linear, Potential, Tsallis
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cuda = triton_kernels()
@@ -67,36 +69,44 @@ def surrounded(z: Tensor, value: float = float("nan")) -> Tensor:
 
 
 def assert_sums_equal(
-    z: Tensor, potential: Potential, size: Any = None, align_corners: bool = False, **how: Any
+    z: Tensor,
+    potential: Potential,
+    spec: LogitsSpec = LogitsSpec(),  # noqa: B008
+    valid: Tensor | None = None,
+    y: Tensor | None = None,
+    by_class: bool = True,
 ) -> None:
-    """Sums and slopes of the kernels are those of the plain formula."""
-    binary, by_class = how.get("binary", False), how.get("by_class", True)
-    valid = how.get("valid")
-    classes = plain.number_of_classes(z, binary)
-    shape = (len(z), *(size or z.shape[2:]))
-    y = None
-    if by_class or isinstance(potential, CrossEntropy):
-        y = how.get("y", random_labels((shape[0], classes, *shape[1:])).to(z.device))
-        y = y.to(plain.index_dtype(classes))
+    """Sums and gradients of the kernels are those of the plain formula."""
+    classes, shape = spec.classes(z), (len(z), *spec.spatial(z))
+    if isinstance(potential, Linear):
+        y = None
+    elif y is None and (by_class or isinstance(potential, CrossEntropy)):
+        y = random_labels((shape[0], classes, *shape[1:])).to(z.device)
+    y = None if y is None else y.to(plain.index_dtype(classes))
     weights = 0.5 + torch.rand(len(z), classes if by_class else 1, dtype=torch.float64)
     weights = weights.to(z.device, plain.accumulation_dtype(z.dtype))
-    arguments = (z, weights, y, valid, potential, size, align_corners, binary)
-    sums, slope = cuda.weighted_sum(*arguments, True)
-    expected, expected_slope = plain.weighted_sum(*arguments, True)
+    arguments = (z, weights, y, valid, potential, spec)
+    sums, grad = cuda.weighted_sum(*arguments, True)
+    expected, expected_grad = plain.weighted_sum(*arguments, True)
     assert_close(sums, expected, z.dtype)
-    assert_close(slope, expected_slope, z.dtype)
+    assert_close(grad, expected_grad, z.dtype)
     alone, none = cuda.weighted_sum(*arguments, False)
     assert torch.equal(alone, sums) and none is None
 
 
 def assert_classes_equal(
-    z: Tensor, size: Any = None, align_corners: bool = False, **how: Any
+    z: Tensor,
+    spec: LogitsSpec = LogitsSpec(),  # noqa: B008
+    *,
+    guide: Tensor | None = None,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    threshold: float | None = None,
 ) -> None:
     """Classes and counts of the kernels are those of the plain formula."""
-    options = (size, align_corners, how.get("binary", False), how.get("threshold"), -1)
-    tensors = (how.get("guide"), how.get("labels"), how.get("valid"))
-    y, counts = cuda.classify(z, *tensors, *options)
-    expected_y, expected_counts = plain.classify(z, *tensors, *options)
+    arguments = (z, guide, labels, valid, spec, threshold)
+    y, counts = cuda.classify(*arguments)
+    expected_y, expected_counts = plain.classify(*arguments)
     assert torch.equal(y, expected_y)
     assert torch.equal(counts, expected_counts)
 
@@ -125,7 +135,7 @@ def test_sums_and_slopes(potential: Potential, size: Any, align_corners: bool) -
 @each_size
 def test_classes(size: Any, align_corners: bool) -> None:
     z = logits(1, 3, 2, 3)
-    guide = z.flip(1) if size is None else logits(1, 3, 3, 2, seed=1)
+    guide = z.roll(1, 1) if size is None else logits(1, 3, 3, 2, seed=1)
     valid = random_valid((1, *(size or z.shape[2:])), share=0.8).to(DEVICE)
     assert_classes_equal(z, size, align_corners)
     assert_classes_equal(z, size, align_corners, threshold=0.6, valid=valid)
@@ -153,6 +163,30 @@ def test_classes_of_labels_are_counted() -> None:
     assert_classes_equal(z, labels=labels.to(DEVICE), valid=valid)
 
 
+@pytest.mark.parametrize("kernels", [cuda, None], ids=["kernels", "plain formula"])
+@pytest.mark.parametrize("order", [(1, 2, 0), (0, 2, 1)], ids=["batch last", "width first"])
+def test_labels_of_any_layout(
+    order: tuple[int, int, int], kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "kernels_for", lambda z: kernels)
+    z, loss = logits(2, 3, 3, 4), loss_named("iw_max_square").make()
+    labels = random_labels(tuple(z.shape)).to(DEVICE)
+    stored = lay_out_map(labels, order)
+    assert torch.equal(stored, labels) and not stored.is_contiguous()
+    value, gradients = value_and_gradient(lambda z: loss(z, labels=labels), (z,))
+    torch.compiler.reset()  # what it compiled for other kernels
+    compiled = torch.compile(loss, fullgraph=True)
+    for call in (loss, compiled):
+        result = value_and_gradient(lambda z, call=call: call(z, labels=stored), (z,))
+        assert torch.equal(result[0], value) and torch.equal(result[1][0], gradients[0])
+
+
+def lay_out_map(y: Tensor, order: tuple[int, int, int]) -> Tensor:
+    """The same map, whose dimensions are stored in this order."""
+    back = tuple(order.index(dim) for dim in range(3))
+    return y.permute(order).contiguous().permute(back)
+
+
 @pytest.mark.parametrize("classes", [2, 33])
 def test_pixels_beyond_one_tile(classes: int) -> None:
     z = logits(1, classes, 5, 131)
@@ -175,7 +209,7 @@ def test_classes_beyond_one_chunk(size: Any) -> None:
     z = logits(1, cuda.MAX_CLASSES + 2, 2, 1)
     assert_sums_equal(z, Tsallis(1.2), size)
     assert_sums_equal(z, CrossEntropy(), size)
-    assert_classes_equal(z, size, threshold=0.01, guide=z.flip(1))
+    assert_classes_equal(z, size, threshold=0.01, guide=z.roll(1, 1))
     z[:, :] = 0
     assert_classes_equal(z, size)
 
@@ -353,12 +387,24 @@ def test_capture_in_a_graph(size: tuple[int, int] | None) -> None:
     assert all(map(torch.equal, slopes, gradients))
 
 
+@pytest.mark.parametrize("default_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernels_pass_their_own_check(
+    default_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE == "cpu":  # the interpreter has no driver that could name its target
+        target = SimpleNamespace(backend="cuda")
+        driver = SimpleNamespace(get_current_target=lambda: target)
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default_dtype)
+    try:
+        cuda.check(torch.device(DEVICE))
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_a_triton_that_cannot_compile_the_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", "3.3.1")
     with pytest.raises(RuntimeError, match=r"Triton 3\.4 or later, not 3\.3\.1"):
         cuda.check(torch.device(DEVICE))
 
-
-@needs_cuda
-def test_the_kernels_pass_their_own_check() -> None:
-    cuda.check(torch.device("cuda", 0))

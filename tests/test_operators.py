@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -152,14 +153,45 @@ def test_gpu_kernels_that_do_not_work_give_one_warning_and_the_plain_formula(
     monkeypatch.setattr(operators.importlib, "import_module", fail)
     monkeypatch.setattr(operators, "_CHECKED_KERNELS", {})
     device = torch.device("cuda", 0)
-    # While a graph is captured nothing is checked, nor settled for later.
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert operators.cuda_kernels(device) is None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.warns(UserWarning, match=r"slowly on cuda:0.*no maxsquare\.engine\.cuda"):
         assert operators.cuda_kernels(device) is None
     # Once is enough.
     assert operators.cuda_kernels(device) is None
+
+
+def test_a_failure_that_is_not_of_the_gpu_kernels_is_raised_and_the_check_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures = iter([torch.OutOfMemoryError("no memory"), OSError("disk full")])
+
+    class Kernels:
+        @staticmethod
+        def check(device: torch.device) -> None:
+            for failure in failures:
+                raise failure
+
+    monkeypatch.setattr(operators.importlib, "import_module", lambda name: Kernels)
+    monkeypatch.setattr(operators, "_CHECKED_KERNELS", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    device = torch.device("cuda", 0)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        operators.cuda_kernels(device)
+    with pytest.raises(OSError, match="disk full"):
+        operators.cuda_kernels(device)
+    assert operators.cuda_kernels(device) is Kernels
+
+
+def test_a_graph_cannot_capture_a_loss_before_its_first_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(operators, "_CHECKED_KERNELS", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call the loss once before the capture"):
+        operators.cuda_kernels(torch.device("cuda", 0))
+    # Nothing is settled for later.
+    assert operators._CHECKED_KERNELS == {}
 
 
 class Carrier(Tensor):

@@ -1,7 +1,7 @@
 """Test-time adaptation of a classifier of timm, in the manner of TENT (Wang et al., ICLR 2021).
 
-The network predicts every batch as it comes, then takes one step on its own prediction: of TENT's
-entropy, or of maximum squares. Only scale and shift of the normalisation layers learn.
+The network predicts every batch when it arrives, then takes one step on its own prediction, with
+TENT's entropy or with maximum squares. Only scale and shift of the normalisation layers learn.
 Low-resolution logits and align_corners: a classifier's logits are (N, C); nothing is upsampled.
 """
 

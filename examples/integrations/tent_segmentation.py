@@ -1,6 +1,6 @@
 """Test-time adaptation of a segmentation network in the manner of TENT; here torchvision's LRASPP.
 
-One image is a batch; not for DeepLabv3, which pools each image to one pixel before a BatchNorm.
+One image is a batch, except for DeepLabv3, which pools an image to one pixel before a BatchNorm.
 Low-resolution logits: call backbone and classifier; the network's own forward upsamples.
 align_corners: False, as in that forward. (examples/adapt_online.py measures TENT.)
 """

@@ -73,15 +73,26 @@ def kernels_for(z: Tensor) -> ModuleType | None:
 def cuda_kernels(device: torch.device) -> ModuleType | None:
     """The CUDA kernels, if they give what the plain formula gives on this device."""
     if device not in _CHECKED_KERNELS:
-        # The check waits for the device, which a graph that is being captured must not.
         if torch.cuda.is_current_stream_capturing():
-            return None
+            raise RuntimeError(
+                "a CUDA graph can capture a loss of maxsquare after its first call, "
+                "which checks and compiles the kernels: call the loss once before the capture"
+            )
         _CHECKED_KERNELS[device] = check_cuda_kernels(device)
     return _CHECKED_KERNELS[device]
 
 
 # Of each device, once it was checked.
 _CHECKED_KERNELS: dict[torch.device, ModuleType | None] = {}
+
+# They say nothing of the kernels: the call fails, and the next one checks again. PyTorch has
+# AcceleratorError (an asynchronous CUDA error) from 2.8 on.
+_OTHER_FAILURES = (
+    MemoryError,
+    OSError,
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", MemoryError),
+)
 
 
 def check_cuda_kernels(device: torch.device) -> ModuleType | None:
@@ -90,6 +101,8 @@ def check_cuda_kernels(device: torch.device) -> ModuleType | None:
         kernels = importlib.import_module("maxsquare.engine.cuda")
         with torch.cuda.device(device):
             kernels.check(device)
+    except _OTHER_FAILURES:
+        raise
     except Exception as error:
         # No Triton, no compiler for its launcher, a GPU too old or not NVIDIA's, another version.
         warnings.warn(
@@ -342,8 +355,11 @@ class _ClassSums(_Function):
     @staticmethod
     def jvp(ctx: Any, z_tangent: Tensor, *_: Any) -> Tensor:
         z, valid = ctx.saved_tensors
-        sums = lambda z: plain.class_sums(z, valid, ctx.spec)  # noqa: E731
-        tangent: Tensor = torch.func.jvp(sums, (z,), (z_tangent,))[1]
+        formula = lambda z: plain.class_sums(z, valid, ctx.spec)  # noqa: E731
+        sums, backward = torch.func.vjp(formula, z)[:2]
+        # The derivative of backward, which is linear: forward mode cannot nest.
+        transposed = torch.func.vjp(lambda grad: backward(grad)[0], torch.zeros_like(sums))[1]
+        tangent: Tensor = transposed(z_tangent)[0]
         return tangent
 
     vmap = staticmethod(_over_joined_images(lambda *arguments: _ClassSums.apply(*arguments)))

@@ -94,7 +94,8 @@ def labelled(labels: Tensor, valid: Tensor | None, classes: int, ignore_index: i
     counted = (y != -1) & (y != ignore_index)
     counted = counted if valid is None else counted & valid
     y = torch.where(counted, torch.where(known, y, classes), -1)
-    return y.to(index_dtype(classes))
+    # Labels of any layout: a map of classes is read in the order of its pixels.
+    return y.to(index_dtype(classes)).contiguous()
 
 
 def weighted_terms(
