@@ -62,11 +62,21 @@ extern "C" const int64_t progress_bytes = sizeof(Progress);
 #define INLINE static inline __attribute__((always_inline))
 #define OUTLINE __attribute__((noinline))
 
+// A vector fills a register. Of longer ones GCC compares and selects every lane by itself, which
+// takes most of the time.
+#if defined __AVX512F__
+#define VECTOR_BYTES 64
+#elif defined __AVX2__
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
 #ifdef DOUBLE
 typedef double real;
 typedef int64_t integer;
 typedef uint64_t word;
-static const int LANES = 8, MANTISSA = 52, BIAS = 1023, LOG_TERMS = 11, EXPM1_TERMS = 16;
+static const int MANTISSA = 52, BIAS = 1023, LOG_TERMS = 11, EXPM1_TERMS = 16;
 static const word ROOT_HALF = 0x3fe6a09e667f3bcd;
 static const real ROUND = 6755399441055744 + BIAS, TINY = 2.2250738585072014e-308;
 static const real LOG_TINY = -708.3964185322641;
@@ -76,15 +86,18 @@ static const real LOG_2 = 0.6931471805592082, LOG_2_REST = 7.371002565167799e-13
 typedef float real;
 typedef int32_t integer;
 typedef uint32_t word;
-static const int LANES = 16, MANTISSA = 23, BIAS = 127, LOG_TERMS = 5, EXPM1_TERMS = 9;
+static const int MANTISSA = 23, BIAS = 127, LOG_TERMS = 5, EXPM1_TERMS = 9;
 static const word ROOT_HALF = 0x3f3504f3;
 static const real ROUND = 12582912 + BIAS, TINY = 1.17549435e-38f, LOG_TINY = -87.336545f;
 static const real LOG_2 = 0.693359375f, LOG_2_REST = -0.00021219444f;
 #endif
 
-typedef real Reals __attribute__((vector_size(64)));
-typedef integer Integers __attribute__((vector_size(64)));
-typedef word Words __attribute__((vector_size(64)));  // whose overflow is defined
+typedef real Reals __attribute__((vector_size(VECTOR_BYTES)));
+typedef integer Integers __attribute__((vector_size(VECTOR_BYTES)));
+typedef word Words __attribute__((vector_size(VECTOR_BYTES)));  // whose overflow is defined
+static const int LANES = VECTOR_BYTES / sizeof(real);
+// Every processor adds up a tile in so many places, so that all get the same sums.
+static const int GROUP = 64 / sizeof(real);
 
 INLINE Reals load(const real *from) {
     Reals x;
@@ -482,7 +495,7 @@ INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, R
 
 static int tile_of(const Task &task) {
     // The up to six arrays of a tile stay in the first cache, or not far beyond.
-    return task.classes <= 8 ? 16 * LANES : task.classes <= 40 ? 4 * LANES : task.classes <= 80 ? 2 * LANES : LANES;
+    return GROUP * (task.classes <= 8 ? 16 : task.classes <= 40 ? 4 : task.classes <= 80 ? 2 : 1);
 }
 
 // Weights and classes of a tile's pixels.
@@ -629,12 +642,14 @@ template <int KIND, bool NEEDS_GRAD> struct WeightedSum {
         const real *G = (const real *)task.weights + n * task.classes;
         if (task.classes > task.channels) memset(x + tile, 0, tile * sizeof(real));
         weights.read(n, pixel, count, x);
-        Reals sum = Reals{};
-        for (int k = 0; k < count; k += LANES)
-            sum += weighted_potentials<KIND, NEEDS_GRAD>(task, x + k, e + k, tile, load(weights.w + k),
-                                                         load(weights.y + k), G);
+        Reals sums[GROUP / LANES] = {};
+        for (int begin = 0; begin < count; begin += GROUP)
+            for (int i = 0, k = begin; i < GROUP / LANES; i++, k += LANES)
+                sums[i] += weighted_potentials<KIND, NEEDS_GRAD>(
+                    task, x + k, e + k, tile, load(weights.w + k), load(weights.y + k), G);
         double total = 0;
-        for (int lane = 0; lane < LANES; lane++) total += (double)sum[lane];
+        for (Reals sum : sums)
+            for (int lane = 0; lane < LANES; lane++) total += (double)sum[lane];
         return total;
     }
 
