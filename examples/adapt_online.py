@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from integrations.tent_segmentation import prepare
-from maxsquare import EntropyLoss, MaxSquareLoss
+from maxsquare import EntropyLoss, InformationMaximizationLoss, MaxSquareLoss
 from uda import report
 from uda.datasets import LabelSpace
 from uda.errors import UserError
@@ -77,7 +77,12 @@ def run(options: Options, console: Console) -> None:
         if not prepare(normalised):
             raise UserError("The network has no normalisation layers to adapt: give another.")
         columns["statistics"] = evaluate(normalised, loader, flip=False, **how)
-    for name, loss in {"entropy": EntropyLoss(), "maximum squares": MaxSquareLoss()}.items():
+    losses = {
+        "entropy": EntropyLoss(),
+        "maximum squares": MaxSquareLoss(),
+        "with information": InformationMaximizationLoss(MaxSquareLoss()),
+    }
+    for name, loss in losses.items():
         with console.status(f"adapting by {name}"):
             adapting = copy.deepcopy(network)
             columns[name] = adapt(adapting, loader, loss, options.lr, **how)

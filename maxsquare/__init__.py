@@ -1,15 +1,23 @@
 """Losses that adapt a segmentation network to images nobody has labelled."""
 
 from maxsquare import functional
-from maxsquare.diagnostics import GradientProfile, class_gradient_share, gradient_profile
+from maxsquare.diagnostics import (
+    GradientProfile,
+    PredictionStatistics,
+    Statistics,
+    class_gradient_share,
+    gradient_profile,
+)
 from maxsquare.losses import (
     EntropyLoss,
+    InformationMaximizationLoss,
     IWEntropyLoss,
     IWMaxSquareLoss,
     MaxSquareLoss,
     MultiLevelGuidance,
     MultiLevelLoss,
     PseudoLabelLoss,
+    TeacherLoss,
     TsallisEntropyLoss,
 )
 
@@ -20,10 +28,14 @@ __all__ = [
     "GradientProfile",
     "IWEntropyLoss",
     "IWMaxSquareLoss",
+    "InformationMaximizationLoss",
     "MaxSquareLoss",
     "MultiLevelGuidance",
     "MultiLevelLoss",
+    "PredictionStatistics",
     "PseudoLabelLoss",
+    "Statistics",
+    "TeacherLoss",
     "TsallisEntropyLoss",
     "class_gradient_share",
     "functional",

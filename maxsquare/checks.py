@@ -7,8 +7,9 @@ does, once for every module.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -19,8 +20,11 @@ INTEGERS = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
+LARGEST = torch.finfo(torch.float32).max
 # How far from 1 the sum of a pixel's probabilities may be, in half precision with many classes.
 PROBABILITY_TOLERANCE = 0.02
+# How far from 1 the sum of a prior may be.
+PRIOR_TOLERANCE = 1e-3
 # The logits of fewer pixels may look like probabilities by chance.
 FEWEST_PIXELS = 16
 
@@ -30,6 +34,7 @@ def check_options(
     reduction: str = "mean",
     scale: str = "paper",
     activation: str = "softmax",
+    average: str = "accepted",
     from_logits: bool = True,
     align_corners: bool = False,
     ratio: float | None = None,
@@ -39,17 +44,31 @@ def check_options(
     ignore_index: int = -1,
 ) -> None:
     """Raise for the first option that is not what it must be."""
-    _one_of("reduction", reduction, ("mean", "sum", "none"))
-    _one_of("scale", scale, ("paper", "reference"))
-    _one_of("activation", activation, ("softmax", "sigmoid"))
-    _flag("from_logits", from_logits)
-    _flag("align_corners", align_corners)
+    for name, value, choices in (
+        ("reduction", reduction, ("mean", "sum", "none")),
+        ("scale", scale, ("paper", "reference")),
+        ("activation", activation, ("softmax", "sigmoid")),
+        ("average", average, ("accepted", "valid", "share")),
+    ):
+        if not isinstance(value, str) or value not in choices:
+            wanted = " or ".join(map(repr, choices))
+            raise ValueError(f"{name} must be {wanted}, not {value!r}")
+    for name, flag in (("from_logits", from_logits), ("align_corners", align_corners)):
+        # NumPy's bool, without NumPy.
+        if not isinstance(flag, bool) and type(flag).__name__ not in ("bool_", "bool"):
+            raise TypeError(f"{name} must be True or False, not {flag!r}")
     if ratio is not None:
         check_ratio(ratio)
-    _number("threshold", threshold, lambda t: 0 <= t <= 1, "from 0 to 1")
-    _number("q", q, lambda q: 0 < q <= torch.finfo(torch.float32).max, "above 0, and finite")
-    _number("weight", weight, lambda w: 0 <= w < math.inf, "of at least 0")
-    if not _is_int(ignore_index):
+    for name, number, least, most, wanted in (
+        ("threshold", threshold, 0, 1, "from 0 to 1"),
+        ("q", q, math.ulp(0), LARGEST, "above 0, and finite"),
+        ("weight", weight, 0, sys.float_info.max, "of at least 0"),
+    ):
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise TypeError(f"{name} must be a number {wanted}, not {number!r}")
+        if not least <= number <= most:
+            raise ValueError(f"{name} must be a number {wanted}, not {number!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index must be an int, not {ignore_index!r}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit into 64 bits, not {ignore_index!r}")
@@ -57,7 +76,10 @@ def check_options(
 
 def check_ratio(ratio: float) -> None:
     """The exponent of image-wise weights, where a loss cannot do without."""
-    _number("ratio", ratio, lambda a: -1 <= a <= 1, "from -1 to 1")
+    if isinstance(ratio, bool) or not isinstance(ratio, Real):
+        raise TypeError(f"ratio must be a number from -1 to 1, not {ratio!r}")
+    if not -1 <= ratio <= 1:
+        raise ValueError(f"ratio must be a number from -1 to 1, not {ratio!r}")
 
 
 def check_logits(name: str, logits: Tensor, activation: str) -> None:
@@ -81,9 +103,11 @@ def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, i
     """`size` as (height, width); only logits with two spatial dimensions have one."""
     if size is None:
         return None
-    pair = size if isinstance(size, Sequence) else (size, size)
-    if isinstance(size, (bytes, bytearray)) or not all(map(_is_int, pair)):
-        raise TypeError(f"size must be one or two ints (height, width), not {size!r}")
+    # The elements of bytes are ints.
+    pair = size if isinstance(size, (list, tuple)) else (size, size)
+    for length in pair:
+        if isinstance(length, bool) or not isinstance(length, (Integral, torch.SymInt)):
+            raise TypeError(f"size must be one or two ints (height, width), not {size!r}")
     if len(pair) != 2 or pair[0] < 1 or pair[1] < 1:
         raise ValueError(
             "size must be one or two positive ints (height, width), for upsampling is "
@@ -129,12 +153,39 @@ def check_image_wise(labels: Tensor | None, ratio: float | None) -> None:
         )
 
 
-def check_map(
-    name: str, pixels: Tensor | None, logits: Tensor, size: tuple[int, int] | None
-) -> None:
-    """`valid` is bool, `labels` integer, both (N, *spatial of the result); None passes."""
-    if pixels is None:
-        return
+def check_teacher(teacher_logits: Tensor, logits: Tensor, *, resized: bool) -> None:
+    """A teacher's logits, like `logits` in all but its dtype and, before resizing, resolution."""
+    _tensor("teacher_logits", teacher_logits)
+    if teacher_logits.dtype not in FLOATS:
+        raise TypeError(f"teacher_logits must be floating point, not {teacher_logits.dtype}")
+    same = teacher_logits.shape[:2] == logits.shape[:2] and teacher_logits.dim() == logits.dim()
+    if not same or (
+        0 in teacher_logits.shape[2:] if resized else teacher_logits.shape != logits.shape
+    ):
+        raise ValueError(
+            f"teacher_logits must match the shape of logits {tuple(logits.shape)}"
+            f"{' up to height and width' if resized else ''}, not {tuple(teacher_logits.shape)}"
+        )
+    _same_device("teacher_logits", teacher_logits, logits)
+
+
+def check_prior(prior: Sequence[float] | Tensor | None, activation: str) -> Tensor | None:
+    """The expected proportions of classes, (C,), of sum 1, or of each channel under sigmoid."""
+    if prior is None:
+        return None
+    try:
+        tau = torch.as_tensor(prior, dtype=torch.float64).detach().clone()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"prior must be a tensor or a sequence of numbers, not {prior!r}") from None
+    if tau.dim() != 1 or not bool(((tau >= 0) & (tau <= 1)).all()):
+        raise ValueError(f"prior must be (C,) numbers from 0 to 1, not {prior!r}")
+    if activation == "softmax" and abs(tau.sum().item() - 1) > PRIOR_TOLERANCE:
+        raise ValueError(f"prior must sum to 1, not to {tau.sum().item():g}")
+    return tau if tau.device.type != "mps" else tau.float()
+
+
+def check_map(name: str, pixels: Tensor, logits: Tensor, spatial: Sequence[int]) -> None:
+    """`valid` is bool, `labels` integer, both (N, *spatial of the result)."""
     _tensor(name, pixels)
     if name == "valid" and pixels.dtype is not torch.bool:
         raise TypeError(f"valid must be a bool tensor, not {pixels.dtype}: write valid != 0")
@@ -142,7 +193,7 @@ def check_map(
         raise TypeError(
             f"labels must be an integer tensor, not {pixels.dtype}: write labels.long()"
         )
-    wanted = (logits.shape[0], *(logits.shape[2:] if size is None else size))
+    wanted = (logits.shape[0], *spatial) if logits.dim() > 2 else tuple(logits.shape[:1])
     if tuple(pixels.shape) != wanted:
         hint = ""
         if tuple(pixels.shape) == (wanted[0], 1, *wanted[1:]):
@@ -223,26 +274,3 @@ def _tensor(name: str, value: object) -> None:
 def _same_device(name: str, tensor: Tensor, logits: Tensor) -> None:
     if tensor.device != logits.device:
         raise ValueError(f"{name} must be on {logits.device} like logits, not on {tensor.device}")
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        wanted = " or ".join(map(repr, choices))
-        raise ValueError(f"{name} must be {wanted}, not {value!r}")
-
-
-def _flag(name: str, value: object) -> None:
-    # NumPy's bool, without NumPy.
-    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
-
-
-def _number(name: str, value: object, fits: Callable[[float], bool], wanted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number {wanted}, not {value!r}")
-    if not fits(float(value)):
-        raise ValueError(f"{name} must be a number {wanted}, not {value!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)

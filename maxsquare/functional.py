@@ -7,9 +7,9 @@ class of every pixel, weights from the counts of classes, a weighted sum of pote
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,12 +25,15 @@ from maxsquare.checks import (
     check_options,
     check_ratio,
     check_size,
+    check_teacher,
 )
-from maxsquare.potentials import Label, Potential, Tsallis
+from maxsquare.engine import LogitsSpec
+from maxsquare.potentials import CrossEntropy, Potential, Tsallis
 
 Size = int | Sequence[int] | None
 
 __all__ = [
+    "class_proportions",
     "cross_entropy",
     "entropy",
     "guidance_labels",
@@ -38,6 +41,7 @@ __all__ = [
     "image_weights",
     "max_square",
     "pseudo_label_loss",
+    "teacher_loss",
     "tsallis_entropy",
 ]
 
@@ -61,9 +65,7 @@ def max_square(
         logits,
         # The sum of squares is 1 - S_2.
         Tsallis(2, offset=-1, normalised=from_logits),
-        factor=0.5,
-        # The published image-wise code leaves out the half.
-        reference_factor=1 if ratio is None else 2,
+        factor=functools.partial(max_square_factor, ratio, scale),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -95,6 +97,7 @@ def entropy(
     return _tsallis_loss(
         logits,
         Tsallis(1, normalised=from_logits),
+        factor=functools.partial(scale_factor, scale),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -127,6 +130,7 @@ def tsallis_entropy(
     return _tsallis_loss(
         logits,
         Tsallis(q, normalised=from_logits),
+        factor=functools.partial(scale_factor, scale),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -155,9 +159,9 @@ def pseudo_label_loss(
     """Cross entropy against the confident prediction itself: `maxsquare.PseudoLabelLoss`."""
     check_image_wise(labels, None)
     check_options(reduction=reduction, threshold=threshold)
-    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
-    y, counts = engine.classify(z, valid=valid, threshold=float(threshold), **how)
-    return _label_loss(logits, z, y, counts, reduction, how)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    y, counts = engine.classify(z, None, None, valid, spec, float(threshold))
+    return _label_loss(logits, z, y, counts, reduction, spec)
 
 
 def guidance_labels(
@@ -185,14 +189,14 @@ def guidance_labels(
         tensor([[ 0, -1]])
     """
     check_options(threshold=threshold, ignore_index=ignore_index)
-    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
-    (low_logits,) = check_heads([low_logits], logits, resized=how["size"] is not None)
-    low = _images(low_logits, how["binary"])
-    y, _ = engine.classify(low, guide=z, valid=valid, threshold=float(threshold), **how)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    (low_logits,) = check_heads([low_logits], logits, resized=size is not None)
+    low = _images(low_logits, spec)
+    y, _ = engine.classify(low, z, None, valid, spec, float(threshold))
     y = y.long()
-    if how["binary"]:  # the first class is "on"
+    if spec.binary:  # the first class is "on"
         y = torch.where((y == 0) | (y == 1), 1 - y, y)
-    return _pixels(torch.where(y == -1, ignore_index, y), logits, how["binary"])
+    return _pixels(torch.where(y == -1, ignore_index, y), logits, spec)
 
 
 def guidance_loss(
@@ -209,12 +213,12 @@ def guidance_loss(
 ) -> Tensor:
     """Low-level heads learn from the averaged prediction: `maxsquare.MultiLevelGuidance`."""
     check_options(reduction=reduction, threshold=threshold)
-    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
-    heads = check_heads(low_logits, logits, resized=how["size"] is not None)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     losses = []
-    for low in (_images(head, how["binary"]) for head in heads):
-        y, counts = engine.classify(low, guide=z, valid=valid, threshold=float(threshold), **how)
-        losses.append(_label_loss(logits, low, y, counts, reduction, how))
+    for head in check_heads(low_logits, logits, resized=size is not None):
+        low = _images(head, spec)
+        y, counts = engine.classify(low, z, None, valid, spec, float(threshold))
+        losses.append(_label_loss(logits, low, y, counts, reduction, spec))
     return torch.stack(losses).sum(0)
 
 
@@ -267,13 +271,13 @@ def cross_entropy(
     Source: the supervised term of M. Chen et al., ICCV 2019, as in every segmentation network.
     """
     check_options(reduction=reduction, ignore_index=ignore_index)
-    z, valid, how = _prepare(logits, size, align_corners, valid, activation)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation)
     check_labels(labels)
-    check_map("labels", labels, logits, how["size"])
-    y, counts = _label_classes(labels, logits, z, valid, ignore_index, how)
+    check_map("labels", labels, logits, spec.spatial(z))
+    y, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
     classes = max(logits.shape[1], 2)
     check_classes(labels, counts[..., -1], classes, ignore_index)
-    return _label_loss(logits, z, y, counts, reduction, how)
+    return _label_loss(logits, z, y, counts, reduction, spec)
 
 
 def image_weights(
@@ -302,24 +306,198 @@ def image_weights(
     """
     check_ratio(ratio)
     check_options(ignore_index=ignore_index)
-    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
-    y, counts = engine.classify(z, valid=valid, **how)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    y, counts = engine.classify(z, None, None, valid, spec)
     if labels is not None:
-        _, counts = _label_classes(labels, logits, z, valid, ignore_index, how)
-    classes = engine.number_of_classes(z, how["binary"])
+        check_map("labels", labels, logits, spec.spatial(z))
+        _, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
+    classes = spec.classes(z)
     weights = _class_weights(counts, ratio, z.dtype)
     y = y.long()
     w = weights.gather(1, y.clamp(0, classes - 1).flatten(1)).view_as(y)
     w = torch.where(y < 0, 0, torch.where(y == classes, math.nan, w))
-    return _pixels(w, logits, how["binary"])
+    return _pixels(w, logits, spec)
+
+
+def class_proportions(
+    logits: Tensor,
+    *,
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    activation: str = "softmax",
+    from_logits: bool = True,
+) -> Tensor:
+    r"""The mean probability of every class over the valid pixels of an image, (N, C).
+
+    .. math:: \bar p_{b,c} = \frac{1}{N_b} \sum_n p_{b,n,c}
+
+    Its gradient by z_{n,c} is p_{n,c} (G_c - sum_k p_{n,k} G_k) / N_b, G the upstream gradient.
+    Zeros where an image has no valid pixel. With activation="sigmoid" the mean of every channel.
+    Logits (N, C) are one image of N pixels. Options, shapes and errors as in
+    `maxsquare.MaxSquareLoss`; float32 for half-precision logits.
+
+    Example:
+        >>> class_proportions(torch.tensor([[[9.0, -9.0], [-9.0, 9.0]]]))
+        tensor([[0.5000, 0.5000]])
+
+    Source: the mean prediction of A. Krause et al., NIPS 2010.
+    """
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    sums, counted = _class_sums(z, valid, spec)
+    proportions = sums / counted.clamp_min(1).unsqueeze(1)
+    return proportions[:, 0].view(-1, logits.shape[1]) if spec.binary else proportions
+
+
+def teacher_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    threshold: float = 0.95,
+    average: str = "accepted",
+    size: Size = None,
+    align_corners: bool = False,
+    valid: Tensor | None = None,
+    reduction: str = "mean",
+    activation: str = "softmax",
+    from_logits: bool = True,
+) -> Tensor:
+    """Cross entropy against the classes of a sure teacher: `maxsquare.TeacherLoss`."""
+    check_options(reduction=reduction, threshold=threshold, average=average)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    check_teacher(teacher_logits, logits, resized=size is not None)
+    teacher = _images(teacher_logits, spec)
+    y, counts = engine.classify(teacher, None, None, valid, spec, float(threshold))
+    accepted = counts[:, :-1].sum()
+    if average == "accepted":
+        weights = _mean_weights(accepted, z, reduction)
+    else:
+        everywhere, counts = engine.classify(teacher, None, None, valid, spec)
+        counted = counts[:, :-1].sum()
+        weights = _mean_weights(counted, z, reduction)
+        if average == "share":
+            y, weights = everywhere, weights * accepted / counted.clamp_min(1)
+    return _reduce(logits, z, weights, y, None, CrossEntropy(), reduction, spec)
+
+
+def prediction_divergence(
+    logits: Tensor,
+    *,
+    q: float,
+    prior: Tensor | None,
+    ratio: float | None,
+    size: Size,
+    align_corners: bool,
+    valid: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    activation: str,
+    from_logits: bool,
+) -> Tensor:
+    """The divergence D_q of `maxsquare.InformationMaximizationLoss`, times the pixels' weights.
+
+    Those are the weights that a loss of this ratio and reduction gives its pixels: their sum is 1
+    for a mean over pixels, and with reduction="none" every pixel has its own share of the term.
+    """
+    z, counted_map, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    sums, counted = _class_sums(z, counted_map, spec)
+    groups = logits.shape[1] if spec.binary else 1
+    # (channels or 1, classes): sigmoid has a mean prediction for every channel.
+    total = counted.view(-1, groups).sum(0).clamp_min(1).unsqueeze(1)
+    mean = sums.view(-1, groups, sums.shape[1]).sum(0) / total
+    classes = mean.shape[1]
+    if prior is None:
+        tau = torch.full_like(mean, 1 / classes)
+    else:
+        if len(prior) != logits.shape[1]:
+            raise ValueError(f"prior must have {logits.shape[1]} classes, not {len(prior)}")
+        prior = prior.to(mean)
+        tau = torch.stack((prior, 1 - prior), 1) if spec.binary else prior.unsqueeze(0)
+    divergence = _bregman_divergence(mean, tau, q)
+    if reduction == "none":
+        if ratio is not None:
+            weights = image_weights(
+                logits,
+                ratio=ratio,
+                size=size,
+                align_corners=align_corners,
+                valid=valid,
+                labels=labels,
+                ignore_index=ignore_index,
+                activation=activation,
+                from_logits=from_logits,
+            )
+        else:
+            ones = z.new_ones((z.shape[0], *spec.spatial(z)), dtype=mean.dtype)
+            ones = ones if counted_map is None else ones * counted_map
+            weights = _pixels(ones, logits, spec)
+        if spec.binary:
+            return weights * divergence.view(1, -1, *[1] * (weights.dim() - 2))
+        return weights * divergence
+    if ratio is None:
+        weight = counted.to(mean.dtype)
+        weight = weight / counted.sum().clamp_min(1) if reduction == "mean" else weight
+    else:
+        _, predicted = engine.classify(z, None, None, counted_map, spec)
+        counts = predicted
+        if labels is not None:
+            check_map("labels", labels, logits, spec.spatial(z))
+            _, counts = _label_classes(labels, logits, z, counted_map, ignore_index, spec)
+        class_weights = _class_weights(counts, ratio, z.dtype)
+        weight = (class_weights * predicted[:, :-1]).sum(1)
+        weight = weight / max(z.shape[0], 1) if reduction == "mean" else weight
+    return (weight.view(-1, groups).sum(0) * divergence).sum()
+
+
+def prediction_counts(
+    logits: Tensor, *, size: Size, align_corners: bool, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(N,) numbers of counted pixels, and (N, C) numbers of pixels predicted as each class."""
+    z, valid, spec = _prepare(logits, size, align_corners, valid)
+    _, counts = engine.classify(z, None, None, valid, spec)
+    return counts.sum(1), counts[:, :-1]
+
+
+def max_square_factor(ratio: float | None, scale: str, classes: int) -> float:
+    """The factor of S_2 in the maximum squares loss."""
+    # The published image-wise code leaves out the half.
+    return 0.5 * scale_factor(scale, classes, 1 if ratio is None else 2)
+
+
+def scale_factor(scale: str, classes: int, reference_factor: float = 1) -> float:
+    """What `scale` multiplies a loss by."""
+    return 1.0 if scale == "paper" else reference_factor / classes
+
+
+def _class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> tuple[Tensor, Tensor]:
+    """(N, C) sums of probabilities, and (N,) numbers of pixels."""
+    if valid is None:
+        counted = z.new_full((z.shape[0],), math.prod(spec.spatial(z)), dtype=torch.long)
+    else:
+        counted = valid.flatten(1).sum(1)
+    return engine.class_sums(z, valid, spec), counted
+
+
+def _bregman_divergence(p: Tensor, tau: Tensor, q: float) -> Tensor:
+    """D_q(p, tau) over the last dimension, by L of potentials.py with a = 0: exact near q = 1.
+
+    D = sum p L(p) - tau L(tau) - (p - tau) (q L(tau) + 1), as p^q = p + (q - 1) p L(p).
+    """
+    tiny = torch.finfo(p.dtype).tiny
+
+    def L(p: Tensor) -> Tensor:
+        log_p = p.clamp_min(tiny).log()
+        return log_p if q == 1 else torch.expm1((q - 1) * log_p) / (q - 1)
+
+    return (p * L(p) - tau * L(tau) - (p - tau) * (q * L(tau) + 1)).sum(-1)
 
 
 def _tsallis_loss(
     logits: Tensor,
     potential: Tsallis,
     *,
-    factor: float = 1,
-    reference_factor: float = 1,
+    factor: Callable[[int], float],
     ratio: float | None,
     size: Size,
     align_corners: bool,
@@ -331,34 +509,33 @@ def _tsallis_loss(
     activation: str,
     from_logits: bool,
 ) -> Tensor:
-    """factor times the potential; scale="reference": times reference_factor / C too."""
+    """factor(C) times the potential."""
     check_options(
         q=potential.q, ratio=ratio, reduction=reduction, scale=scale, ignore_index=ignore_index
     )
-    z, valid, how = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     check_image_wise(labels, ratio)
-    if scale == "reference":
-        factor *= reference_factor / engine.number_of_classes(z, how["binary"])
-    y = None
+    multiple, y = factor(spec.classes(z)), None
     if ratio is None:
-        pixels = z.shape[0] * math.prod(how["size"] or z.shape[2:])
+        pixels = z.shape[0] * math.prod(spec.spatial(z))
         counted = pixels if valid is None else valid.count_nonzero()
-        weights = _mean_weights(counted, z, reduction, factor)
+        weights = _mean_weights(counted, z, reduction, multiple)
     else:
-        y, counts = engine.classify(z, valid=valid, **how)
+        y, counts = engine.classify(z, None, None, valid, spec)
         if labels is not None:
-            _, counts = _label_classes(labels, logits, z, valid, ignore_index, how)
-        weights = factor * _class_weights(counts, ratio, z.dtype)
+            check_map("labels", labels, logits, spec.spatial(z))
+            _, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
+        weights = multiple * _class_weights(counts, ratio, z.dtype)
         weights = weights / max(z.shape[0], 1) if reduction == "mean" else weights
-    return _reduce(logits, z, weights, y, valid, potential, reduction, how)
+    return _reduce(logits, z, weights, y, valid, potential, reduction, spec)
 
 
 def _label_loss(
-    logits: Tensor, z: Tensor, y: Tensor, counts: Tensor, reduction: str, how: dict[str, Any]
+    logits: Tensor, z: Tensor, y: Tensor, counts: Tensor, reduction: str, spec: LogitsSpec
 ) -> Tensor:
     """Cross entropy against the classes y."""
     weights = _mean_weights(counts[..., :-1].sum(), z, reduction)
-    return _reduce(logits, z, weights, y, None, Label(), reduction, how)
+    return _reduce(logits, z, weights, y, None, CrossEntropy(), reduction, spec)
 
 
 def _reduce(
@@ -369,13 +546,13 @@ def _reduce(
     valid: Tensor | None,
     potential: Potential,
     reduction: str,
-    how: dict[str, Any],
+    spec: LogitsSpec,
 ) -> Tensor:
     """The sum of the weighted potentials, or each of them."""
     if reduction == "none":
-        terms = engine.weighted_terms(z, weights, y, valid, potential, **how)
-        return _pixels(terms, logits, how["binary"])
-    return engine.weighted_sum(z, weights, y, valid, potential, **how).sum()
+        terms = engine.weighted_terms(z, weights, y, valid, potential, spec)
+        return _pixels(terms, logits, spec)
+    return engine.weighted_sum(z, weights, y, valid, potential, spec).sum()
 
 
 def _prepare(
@@ -385,21 +562,18 @@ def _prepare(
     valid: Tensor | None,
     activation: str = "softmax",
     from_logits: bool = True,
-) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+) -> tuple[Tensor, Tensor | None, LogitsSpec]:
     """Check what all losses are given: the logits and the mask of images, and how to read them."""
     check_options(activation=activation, from_logits=from_logits, align_corners=align_corners)
     check_logits("logits", logits, activation)
     size = check_size(size, logits)
-    check_map("valid", valid, logits, size)
     binary = activation == "sigmoid"
-    how = {
-        "size": size,
-        "align_corners": bool(align_corners),
-        "binary": binary,
-        "from_logits": bool(from_logits),
-    }
-    maps = None if valid is None else _image_maps(valid, logits, binary)
-    return _images(logits, binary), maps, how
+    spec = LogitsSpec(size, bool(align_corners), binary, bool(from_logits))
+    z = _images(logits, spec)
+    if valid is not None:
+        check_map("valid", valid, logits, spec.spatial(z))
+        valid = _image_maps(valid, logits, spec)
+    return z, valid, spec
 
 
 def _mean_weights(counted: Tensor | int, z: Tensor, reduction: str, factor: float = 1) -> Tensor:
@@ -427,14 +601,13 @@ def _label_classes(
     z: Tensor,
     valid: Tensor | None,
     ignore_index: int,
-    how: dict[str, Any],
+    spec: LogitsSpec,
 ) -> tuple[Tensor, Tensor]:
     """The class of every pixel of a label map, and the counts of classes in every image."""
-    check_map("labels", labels, logits, how["size"])
-    y = _image_maps(labels.long() if how["binary"] else labels, logits, how["binary"])
-    if how["binary"]:
-        # Channel c is a problem of two classes: 0, a pixel of its class, and 1, any other. The
-        # class of a single channel is 1, the foreground's.
+    y = _image_maps(labels.long() if spec.binary else labels, logits, spec)
+    if spec.binary:
+        # Two classes for channel c: 0, a pixel of its class, and 1, any other. The class of a
+        # single channel is 1, the foreground's.
         channels = logits.shape[1]
         own = torch.arange(channels, device=y.device) if channels > 1 else y.new_ones(1)
         own = own.repeat(y.shape[0] // channels).view(-1, *[1] * (y.dim() - 1))
@@ -442,36 +615,36 @@ def _label_classes(
         ignored = (y == -1) | (y == ignore_index)
         y = torch.where(ignored, -1, torch.where(known, (y != own).long(), 2))
         ignore_index = -1
-    return engine.classify(z, labels=y, valid=valid, ignore_index=ignore_index, **how)
+    return engine.classify(z, None, y, valid, spec, ignore_index=ignore_index)
 
 
-def _images(logits: Tensor, binary: bool) -> Tensor:
+def _images(logits: Tensor, spec: LogitsSpec) -> Tensor:
     """Logits as (images, channels, *spatial): (N, C) is one image; sigmoid, one per channel."""
-    z = _unwrap(logits)
+    z = _drop_subclass(logits)
     z = z.t().unsqueeze(0) if z.dim() == 2 else z
-    return z.flatten(0, 1).unsqueeze(1) if binary else z
+    return engine.prepare(z.flatten(0, 1).unsqueeze(1) if spec.binary else z, spec)
 
 
-def _image_maps(pixels: Tensor, logits: Tensor, binary: bool = False) -> Tensor:
+def _image_maps(pixels: Tensor, logits: Tensor, spec: LogitsSpec) -> Tensor:
     """A map (N, *spatial) as (images, *spatial), repeated for every channel under sigmoid."""
-    pixels = _unwrap(pixels)
+    pixels = _drop_subclass(pixels)
     pixels = pixels.unsqueeze(0) if logits.dim() == 2 else pixels
-    return pixels.repeat_interleave(logits.shape[1], 0) if binary else pixels
+    return pixels.repeat_interleave(logits.shape[1], 0) if spec.binary else pixels
 
 
-def _unwrap(tensor: Tensor) -> Tensor:
-    """A tensor that only carries more than numbers, without that: it would slow every operation."""
-    if type(tensor) is Tensor or torch.compiler.is_compiling():
-        return tensor
-    carries_more = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return tensor.as_subclass(Tensor) if carries_more else tensor
-
-
-def _pixels(maps: Tensor, logits: Tensor, binary: bool) -> Tensor:
+def _pixels(maps: Tensor, logits: Tensor, spec: LogitsSpec) -> Tensor:
     """The way back: (images, *spatial) as (N, *spatial), under sigmoid (N, C, *spatial)."""
-    if binary:
+    if spec.binary:
         channels = logits.shape[1]
         maps = maps.reshape(maps.shape[0] // channels, channels, *maps.shape[1:])
     if logits.dim() == 2:
-        return maps.squeeze(0).t() if binary else maps.squeeze(0)
+        return maps.squeeze(0).t() if spec.binary else maps.squeeze(0)
     return maps
+
+
+def _drop_subclass(tensor: Tensor) -> Tensor:
+    """Strip a tensor subclass that only adds metadata: it would slow every operation."""
+    if type(tensor) is Tensor or torch.compiler.is_compiling():
+        return tensor
+    adds_metadata = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return tensor.as_subclass(Tensor) if adds_metadata else tensor

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -14,90 +12,44 @@ from maxsquare.checks import (
     can_read,
     check_logits,
     check_options,
+    check_prior,
     check_ratio,
     warn_of_probabilities,
 )
 from maxsquare.functional import Size
 
-HINTS = {
-    "num_class": "the logits tell how many classes there are",
-    "num_classes": "the logits tell how many classes there are",
-    "ignore_index": "give the mask of the pixels that count to the call, as valid",
-    "scale": "it would change nothing",
-    "ratio": "the image-wise losses have it",
-}
-Loss = TypeVar("Loss", bound=type)
 
+class _Loss(nn.Module):
+    """A loss whose options are its public attributes."""
 
-def _explains_options(loss: Loss) -> Loss:
-    """Let the constructor of a loss explain why it does not have an option."""
-    construct = loss.__init__  # type: ignore[misc]
-
-    @functools.wraps(construct)
-    def __init__(self: Any, *arguments: Any, **options: Any) -> None:
-        names = [field.name for field in fields(loss)]
-        for option in options:
-            if option not in names:
-                hint = f": {HINTS[option]}" if option in HINTS else ""
-                raise TypeError(
-                    f"{loss.__name__} has the options {', '.join(names)}, not {option}{hint}"
-                )
-        construct(self, *arguments, **options)
-
-    loss.__init__ = __init__  # type: ignore[misc]
-    return loss
-
-
-@dataclass(eq=False, repr=False)
-class _PixelLoss(nn.Module):
-    """Declares the options of all losses; the fields of a loss are the options of its function."""
-
-    _: KW_ONLY
-    reduction: str = "mean"
-    activation: str = "softmax"
-    from_logits: bool = True
-
-    def __post_init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self._looked_at_input = False
-        # The compiler cannot read the fields of a dataclass.
-        self._names = tuple(field.name for field in fields(self))
-        check_options(**self.options())
+        self._input_was_read = False
+        check_options(**options)
+        for name, value in options.items():
+            setattr(self, name, value)
+        self._option_names = tuple(options)
 
     def options(self) -> dict[str, Any]:
-        """The options by name, as the functional form takes them."""
-        return {name: getattr(self, name) for name in self._names}
+        """The options by name, as the function of the loss takes them."""
+        return {name: getattr(self, name) for name in self._option_names}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        public.pop("training", None)
+        return ", ".join(f"{name}={value!r}" for name, value in public.items())
 
-    def _look_at_input(self, logits: Tensor) -> None:
+    def _warn_if_probabilities(self, logits: Tensor) -> None:
         """Warn, at the first call only, of probabilities given as logits and the reverse."""
-        if not self._looked_at_input and isinstance(logits, Tensor) and can_read(logits):
-            self._looked_at_input = True
-            check_logits("logits", logits, self.activation)
-            name = type(self).__name__
-            warn_of_probabilities(name, logits, self.activation, self.from_logits)
-
-    def _refuse(
-        self, takes: str, unexpected: tuple[object, ...], unknown: dict[str, object]
-    ) -> None:
-        """Say what to write instead of arguments that a call does not take."""
-        name = type(self).__name__
-        if unexpected:
-            raise TypeError(
-                f"{name} takes {takes} alone by position, and options by name: probabilities and "
-                "numbers of classes are its own business"
-            )
-        for option in unknown:
-            raise TypeError(
-                f"{name} takes {takes}, size, align_corners, valid and labels, not {option}: its "
-                f"other options are those of {name}(...)"
-            )
+        if self._input_was_read or not isinstance(logits, Tensor) or not can_read(logits):
+            return
+        self._input_was_read = True
+        activation, from_logits = str(self.activation), bool(self.from_logits)
+        check_logits("logits", logits, activation)
+        warn_of_probabilities(type(self).__name__, logits, activation, from_logits)
 
 
-@dataclass(eq=False, repr=False)
-class _TargetLoss(_PixelLoss):
+class _TargetLoss(_Loss):
     """A loss of one head's logits alone."""
 
     function: ClassVar[Callable[..., Tensor]]
@@ -105,16 +57,15 @@ class _TargetLoss(_PixelLoss):
     def forward(
         self,
         logits: Tensor,
-        *unexpected: object,
+        *,
         size: Size = None,
         align_corners: bool = False,
         valid: Tensor | None = None,
         labels: Tensor | None = None,
-        **unknown: object,
     ) -> Tensor:
-        """The loss of logits (N, C, *spatial); see the class for the arguments."""
-        self._refuse("logits", unexpected, unknown)
-        self._look_at_input(logits)
+        """The loss of logits (N, C, *spatial); the class documents the arguments."""
+        if not self._input_was_read:
+            self._warn_if_probabilities(logits)
         return type(self).function(
             logits,
             size=size,
@@ -124,9 +75,11 @@ class _TargetLoss(_PixelLoss):
             **self.options(),
         )
 
+    def _entropy(self, classes: int) -> tuple[float, float]:
+        """q and the factor of the Tsallis entropy S_q in this loss."""
+        return 1, 1
 
-@_explains_options
-@dataclass(eq=False, repr=False)
+
 class MaxSquareLoss(_TargetLoss):
     r"""Rewards confident predictions, with a gradient that grows only linearly in confidence.
 
@@ -137,12 +90,14 @@ class MaxSquareLoss(_TargetLoss):
     Pearson chi-squared divergence C sum_c p_c^2 - 1 of the prediction from uniform.
 
     Args:
+        ratio: None, or the exponent of image-wise weights, as in `IWMaxSquareLoss`.
+        ignore_index: a label that is not counted where `labels` are given.
         reduction: "mean" over the valid pixels of the batch (of several processes: README.md),
             "sum", or "none".
         scale: "paper", the formula above; "reference", times 1 / C, is what the published code
             computes: the published weights (lambda) belong to it.
-        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
-            (z, 0), and C = 2.
+        activation: "softmax", or "sigmoid": treats each channel as an independent binary problem
+            with logits (z, 0), and C = 2.
         from_logits: whether the input holds logits; False if it holds probabilities.
 
     Call:
@@ -171,15 +126,33 @@ class MaxSquareLoss(_TargetLoss):
     Squares Loss", ICCV 2019, the maximum squares loss.
     """
 
-    _: KW_ONLY
-    scale: str = "paper"
     function = staticmethod(functional.max_square)
 
+    def __init__(
+        self,
+        *,
+        ratio: float | None = None,
+        ignore_index: int = -1,
+        reduction: str = "mean",
+        scale: str = "paper",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__(
+            ratio=ratio,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            scale=scale,
+            activation=activation,
+            from_logits=from_logits,
+        )
 
-@_explains_options
-@dataclass(eq=False, repr=False)
-class IWMaxSquareLoss(_TargetLoss):
-    r"""Maximum squares with the classes of every image balanced, so that rare ones count.
+    def _entropy(self, classes: int) -> tuple[float, float]:
+        return 2, functional.max_square_factor(self.ratio, self.scale, classes)  # type: ignore[arg-type]
+
+
+class IWMaxSquareLoss(MaxSquareLoss):
+    r"""Maximum squares with weights that balance the classes of every image.
 
     .. math:: \ell = -\frac{1}{B} \sum_{b=1}^{B} \sum_{n} \frac{w_{b,n}}{2} \sum_c p_{b,n,c}^2,
               \qquad w_{b,n} = \frac{1}{\max(N_{b,c^*}^{\,a}\, N_b^{1-a},\ 1)}
@@ -197,28 +170,18 @@ class IWMaxSquareLoss(_TargetLoss):
             README.md), "sum" over both, or "none".
         scale: "paper", the formula above; "reference", times 2 / C, is what the published code
             computes (it leaves out the half): the published weights (lambda) belong to it.
-        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
-            (z, 0), counted as an image of its own, and C = 2.
+        activation: "softmax", or "sigmoid": treats each channel as an independent binary problem
+            with logits (z, 0), counted as an image of its own, and C = 2.
         from_logits: whether the input holds logits; False if it holds probabilities.
 
     Call:
-        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
-            float32 or float64, any strides. (N, C) is one image of N pixels.
-        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
-        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
-        valid: bool (N, *spatial of the result), the pixels that count; None: all.
+        logits, size, align_corners, valid: as in `MaxSquareLoss`.
         labels: integers (N, *spatial of the result). N_{b,c} and N_b are counted from this map
             instead of the prediction; values outside 0..C-1 are not counted. A pixel predicted as a
             class that the map lacks has weight 1, a thousandfold of the others', as published: let
             `valid` leave such pixels out, or count from the prediction.
 
-    Shape:
-        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
-        valid. float32 for half-precision logits. Dimensionless. 0 if nothing is valid.
-
-    Raises:
-        TypeError: an argument of the wrong kind or dtype.
-        ValueError: a wrong shape, device, or value of an option.
+    Shape, Raises: as in `MaxSquareLoss`.
 
     Example:
         >>> import torch
@@ -229,19 +192,27 @@ class IWMaxSquareLoss(_TargetLoss):
     Source: M. Chen et al., ICCV 2019, the image-wise weighting factor.
     """
 
-    ratio: float = 0.2
-    _: KW_ONLY
-    ignore_index: int = -1
-    scale: str = "paper"
-    function = staticmethod(functional.max_square)
+    def __init__(
+        self,
+        ratio: float = 0.2,
+        *,
+        ignore_index: int = -1,
+        reduction: str = "mean",
+        scale: str = "paper",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        check_ratio(ratio)
+        super().__init__(
+            ratio=ratio,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            scale=scale,
+            activation=activation,
+            from_logits=from_logits,
+        )
 
-    def __post_init__(self) -> None:
-        check_ratio(self.ratio)
-        super().__post_init__()
 
-
-@_explains_options
-@dataclass(eq=False, repr=False)
 class EntropyLoss(_TargetLoss):
     r"""Rewards confident predictions by Shannon's entropy, the usual choice before.
 
@@ -251,28 +222,17 @@ class EntropyLoss(_TargetLoss):
     slope diverges as p -> 1, so that pixels already well classified take most of the gradient.
 
     Args:
+        ratio: None, or the exponent of image-wise weights, as in `IWEntropyLoss`.
+        ignore_index: a label that is not counted where `labels` are given.
         reduction: "mean" over the valid pixels of the batch (of several processes: README.md),
             "sum", or "none".
         scale: "paper", the formula above; "reference", times 1 / C, is what the published code
             computes: the published weights (lambda) belong to it.
-        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
-            (z, 0), and C = 2.
+        activation: "softmax", or "sigmoid": treats each channel as an independent binary problem
+            with logits (z, 0), and C = 2.
         from_logits: whether the input holds logits; False if it holds probabilities.
 
-    Call:
-        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
-            float32 or float64, any strides. (N, C) is one image of N pixels.
-        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
-        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
-        valid: bool (N, *spatial of the result), the pixels that count; None: all.
-
-    Shape:
-        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
-        valid. float32 for half-precision logits. In nats. 0 if nothing is valid.
-
-    Raises:
-        TypeError: an argument of the wrong kind or dtype.
-        ValueError: a wrong shape, device, or value of an option.
+    Call, Shape, Raises: as in `MaxSquareLoss`; the value is in nats.
 
     Example:
         >>> import torch
@@ -282,15 +242,33 @@ class EntropyLoss(_TargetLoss):
     Source: M. Chen et al., ICCV 2019, entropy minimisation (after Grandvalet and Bengio, 2005).
     """
 
-    _: KW_ONLY
-    scale: str = "paper"
     function = staticmethod(functional.entropy)
 
+    def __init__(
+        self,
+        *,
+        ratio: float | None = None,
+        ignore_index: int = -1,
+        reduction: str = "mean",
+        scale: str = "paper",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__(
+            ratio=ratio,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            scale=scale,
+            activation=activation,
+            from_logits=from_logits,
+        )
 
-@_explains_options
-@dataclass(eq=False, repr=False)
-class IWEntropyLoss(_TargetLoss):
-    r"""Entropy with the classes of every image balanced, so that rare ones count.
+    def _entropy(self, classes: int) -> tuple[float, float]:
+        return 1, functional.scale_factor(self.scale, classes)  # type: ignore[arg-type]
+
+
+class IWEntropyLoss(EntropyLoss):
+    r"""Entropy with weights that balance the classes of every image.
 
     .. math:: \ell = -\frac{1}{B} \sum_{b=1}^{B} \sum_n w_{b,n} \sum_c p_{b,n,c} \log p_{b,n,c},
               \qquad w_{b,n} = \frac{1}{\max(N_{b,c^*}^{\,a}\, N_b^{1-a},\ 1)}
@@ -300,35 +278,14 @@ class IWEntropyLoss(_TargetLoss):
     that of `EntropyLoss` with w_{b,n} / B in place of 1 / N.
 
     Args:
-        ratio: the exponent a, from -1 to 1: 0 weighs all pixels alike, 1 all classes; 0.2 as
-            published. A negative one favours frequent classes (the SYNTHIA runs had -0.2).
-        ignore_index: a label that is not counted where `labels` are given.
+        ratio: the exponent a, from -1 to 1; 0.2 as published.
+        ignore_index, activation, from_logits: as in `IWMaxSquareLoss`.
         reduction: "mean" over images of the weighted sum over pixels (of several processes:
             README.md), "sum" over both, or "none".
         scale: "paper", the formula above; "reference", times 1 / C, is what the published code
             computes: the published weights (lambda) belong to it.
-        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
-            (z, 0), counted as an image of its own, and C = 2.
-        from_logits: whether the input holds logits; False if it holds probabilities.
 
-    Call:
-        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
-            float32 or float64, any strides. (N, C) is one image of N pixels.
-        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
-        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
-        valid: bool (N, *spatial of the result), the pixels that count; None: all.
-        labels: integers (N, *spatial of the result). N_{b,c} and N_b are counted from this map
-            instead of the prediction; values outside 0..C-1 are not counted. A pixel predicted as a
-            class that the map lacks has weight 1, a thousandfold of the others', as published: let
-            `valid` leave such pixels out, or count from the prediction.
-
-    Shape:
-        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
-        valid. float32 for half-precision logits. In nats. 0 if nothing is valid.
-
-    Raises:
-        TypeError: an argument of the wrong kind or dtype.
-        ValueError: a wrong shape, device, or value of an option.
+    Call, Shape, Raises: as in `IWMaxSquareLoss`; the value is in nats.
 
     Example:
         >>> import torch
@@ -338,19 +295,27 @@ class IWEntropyLoss(_TargetLoss):
     Source: M. Chen et al., ICCV 2019, the image-wise weighting factor on the entropy.
     """
 
-    ratio: float = 0.2
-    _: KW_ONLY
-    ignore_index: int = -1
-    scale: str = "paper"
-    function = staticmethod(functional.entropy)
+    def __init__(
+        self,
+        ratio: float = 0.2,
+        *,
+        ignore_index: int = -1,
+        reduction: str = "mean",
+        scale: str = "paper",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        check_ratio(ratio)
+        super().__init__(
+            ratio=ratio,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            scale=scale,
+            activation=activation,
+            from_logits=from_logits,
+        )
 
-    def __post_init__(self) -> None:
-        check_ratio(self.ratio)
-        super().__post_init__()
 
-
-@_explains_options
-@dataclass(eq=False, repr=False)
 class TsallisEntropyLoss(_TargetLoss):
     r"""One dial from entropy minimisation (q = 1) to maximum squares (q = 2) and beyond.
 
@@ -367,26 +332,9 @@ class TsallisEntropyLoss(_TargetLoss):
             weighted sum over pixels; of several processes: README.md), "sum", or "none".
         scale: "paper", the formula above; "reference", times 1 / C, the convention of the
             published entropy.
-        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
-            (z, 0), counted as an image of its own, and C = 2.
-        from_logits: whether the input holds logits; False if it holds probabilities.
+        activation, from_logits: as in `MaxSquareLoss`.
 
-    Call:
-        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
-            float32 or float64, any strides. (N, C) is one image of N pixels.
-        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
-        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
-        valid: bool (N, *spatial of the result), the pixels that count; None: all.
-        labels: with a ratio, integers (N, *spatial of the result): classes are counted from this
-            map instead of the prediction; values outside 0..C-1 are not counted.
-
-    Shape:
-        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
-        valid. float32 for half-precision logits. Dimensionless. 0 if nothing is valid.
-
-    Raises:
-        TypeError: an argument of the wrong kind or dtype.
-        ValueError: a wrong shape, device, or value of an option.
+    Call, Shape, Raises: as in `IWMaxSquareLoss`; labels count classes where there is a ratio.
 
     Example:
         >>> import torch
@@ -396,16 +344,33 @@ class TsallisEntropyLoss(_TargetLoss):
     Source: ours; C. Tsallis, "Possible generalization of Boltzmann-Gibbs statistics", 1988.
     """
 
-    q: float
-    ratio: float | None = None
-    _: KW_ONLY
-    ignore_index: int = -1
-    scale: str = "paper"
     function = staticmethod(functional.tsallis_entropy)
 
+    def __init__(
+        self,
+        q: float,
+        ratio: float | None = None,
+        *,
+        ignore_index: int = -1,
+        reduction: str = "mean",
+        scale: str = "paper",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__(
+            q=q,
+            ratio=ratio,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            scale=scale,
+            activation=activation,
+            from_logits=from_logits,
+        )
 
-@_explains_options
-@dataclass(eq=False, repr=False)
+    def _entropy(self, classes: int) -> tuple[float, float]:
+        return self.q, functional.scale_factor(self.scale, classes)  # type: ignore[return-value,arg-type]
+
+
 class PseudoLabelLoss(_TargetLoss):
     r"""Cross entropy against the prediction itself wherever it is confident.
 
@@ -418,24 +383,9 @@ class PseudoLabelLoss(_TargetLoss):
         threshold: t, from 0 to 1; 0.95 as published.
         reduction: "mean" over the accepted pixels (of several processes: README.md), "sum", or
             "none" (0 where not accepted).
-        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
-            (z, 0), and C = 2.
-        from_logits: whether the input holds logits; False if it holds probabilities.
+        activation, from_logits: as in `MaxSquareLoss`.
 
-    Call:
-        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
-            float32 or float64, any strides. (N, C) is one image of N pixels.
-        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
-        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
-        valid: bool (N, *spatial of the result), the pixels that count; None: all.
-
-    Shape:
-        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
-        accepted. float32 for half-precision logits. In nats. 0 if nothing is accepted.
-
-    Raises:
-        TypeError: an argument of the wrong kind or dtype.
-        ValueError: a wrong shape, device, or value of an option.
+    Call, Shape, Raises: as in `MaxSquareLoss`; in nats, and 0 if nothing is accepted.
 
     Example:
         >>> import torch
@@ -445,13 +395,197 @@ class PseudoLabelLoss(_TargetLoss):
     Source: M. Chen et al., ICCV 2019, the hard pseudo label (after D.-H. Lee, 2013).
     """
 
-    threshold: float = 0.95
     function = staticmethod(functional.pseudo_label_loss)
 
+    def __init__(
+        self,
+        threshold: float = 0.95,
+        *,
+        reduction: str = "mean",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__(
+            threshold=threshold,
+            reduction=reduction,
+            activation=activation,
+            from_logits=from_logits,
+        )
 
-@_explains_options
-@dataclass(eq=False, repr=False)
-class MultiLevelGuidance(_PixelLoss):
+
+class TeacherLoss(_Loss):
+    r"""Cross entropy of a student against the classes of which its teacher is sure.
+
+    .. math:: \ell = \frac{1}{M} \sum_{n \in A} -\log p_{n, y_n}, \qquad
+              y_n = \arg\max_c p^T_{n,c}, \quad A = \{n : \max_c p^T_{n,c} > t\}
+
+    The teacher is a constant: the gradient, (p_{n,c} - [c = y_n]) / M on A, reaches the student.
+
+    Args:
+        threshold: t, from 0 to 1.
+        average: what "mean" divides by. "accepted": M = |A|. "valid": M = N, all valid pixels.
+            "share": the mean over all valid pixels, sure or not, times the share |A| / N.
+        reduction: "mean" (of several processes: README.md), "sum" of the same terms, or "none".
+        activation, from_logits: as in `MaxSquareLoss`.
+
+    Call:
+        logits: the student's, as in `MaxSquareLoss`.
+        teacher_logits: of the same shape (with `size`, of any height and width).
+        size, align_corners, valid: as in `MaxSquareLoss`.
+
+    Shape, Raises: as in `MaxSquareLoss`; in nats, and 0 if nothing is accepted.
+
+    Example:
+        >>> import torch
+        >>> logits, teacher_logits = torch.zeros(1, 2, 1), torch.tensor([[[9.0], [0.0]]])
+        >>> round(TeacherLoss()(logits, teacher_logits).item(), 4)  # -log(1 / 2)
+        0.6931
+
+    Source: "accepted" as M. Chen et al.'s pseudo labels; "valid" as L. Yang et al., "Revisiting
+    Weak-to-Strong Consistency" (UniMatch), CVPR 2023; "share" as L. Hoyer et al., "DAFormer",
+    CVPR 2022, and "MIC", CVPR 2023.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 0.95,
+        average: str = "accepted",
+        *,
+        reduction: str = "mean",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__(
+            threshold=threshold,
+            average=average,
+            reduction=reduction,
+            activation=activation,
+            from_logits=from_logits,
+        )
+
+    def forward(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        size: Size = None,
+        align_corners: bool = False,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """The student's loss; the class documents the arguments."""
+        if not self._input_was_read:
+            self._warn_if_probabilities(logits)
+        return functional.teacher_loss(
+            logits,
+            teacher_logits,
+            size=size,
+            align_corners=align_corners,
+            valid=valid,
+            **self.options(),
+        )
+
+
+class InformationMaximizationLoss(nn.Module):
+    r"""A target loss, and a term that keeps classes from being swallowed by others.
+
+    .. math:: \ell = \ell_{target} + \lambda f D_q(\bar p, \tau), \qquad
+              D_q = \frac{1}{q-1} \sum_c \bar p_c^q - \tau_c^q - q \tau_c^{q-1} (\bar p_c - \tau_c)
+
+    p_bar is the mean of p over the valid pixels of the batch, tau the prior, q that of the target
+    loss (1 for pseudo labels), and f the factor that the target loss gives its entropy. D_1 is the
+    Kullback-Leibler divergence sum_c p_bar_c log(p_bar_c / tau_c); D_2 = sum_c (p_bar_c - tau_c)^2.
+    Around a plain loss with weight 1 and a uniform prior, it is minus the mutual information of
+    pixel and class, in the entropy of that loss, up to a constant. Around an image-wise loss f
+    includes the sum of an image's weights, averaged over images, as a constant for the gradient.
+
+    The mean is over the batch: from one image, the term asks every image to hold all classes, so
+    larger batches make it milder. Of several processes each takes the mean of its own batch.
+
+    Args:
+        target_loss: any loss of one head's logits of this library.
+        weight: lambda, at least 0.
+        prior: tau, the expected proportions of the classes, (C,), of sum 1; None: uniform. With
+            activation="sigmoid", the expected share of each channel; None: one half.
+
+    Call, Shape, Raises: as the target loss.
+
+    Example:
+        >>> import torch
+        >>> loss = InformationMaximizationLoss(EntropyLoss())
+        >>> one_class, all_classes = torch.zeros(1, 3, 3), 99 * torch.eye(3).unsqueeze(0)
+        >>> one_class[:, 0] = 99
+        >>> round(loss(one_class).item() - loss(all_classes).item(), 4)  # log 3
+        1.0986
+
+    Source: A. Krause et al., "Discriminative Clustering by Regularized Information Maximization",
+    NIPS 2010, and J. Liang et al., "Do We Really Need to Access the Source Data?" (SHOT), ICML
+    2020, for q = 1; the Bregman divergence of the other entropies is ours.
+    """
+
+    prior: Tensor | None
+
+    def __init__(
+        self,
+        target_loss: nn.Module,
+        weight: float = 1.0,
+        prior: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(target_loss, _TargetLoss):
+            raise TypeError(f"target_loss must be a loss of one head's logits, not {target_loss!r}")
+        check_options(weight=weight)
+        self.target_loss = target_loss
+        self.weight = weight
+        tau = check_prior(prior, str(target_loss.activation))
+        self.register_buffer("prior", tau, persistent=False)
+
+    def forward(
+        self,
+        logits: Tensor,
+        *,
+        size: Size = None,
+        align_corners: bool = False,
+        valid: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Target loss plus weighted divergence; the class documents the arguments."""
+        call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
+        target: Tensor = self.target_loss(logits, labels=labels, **call)
+        options: dict[str, Any] = {
+            name: getattr(self.target_loss, name, None)
+            for name in ("ratio", "reduction", "activation", "from_logits")
+        }
+        classes = logits.shape[1] if options["activation"] == "softmax" else 2
+        q, factor = self.target_loss._entropy(classes)
+        divergence = functional.prediction_divergence(
+            logits,
+            q=q,
+            prior=self.prior,
+            labels=labels,
+            ignore_index=getattr(self.target_loss, "ignore_index", -1),
+            **call,
+            **options,
+        )
+        return target + self.weight * factor * divergence
+
+    @property
+    def reduction(self) -> str:
+        return self.target_loss.reduction  # type: ignore[return-value]
+
+    @property
+    def activation(self) -> str:
+        return self.target_loss.activation  # type: ignore[return-value]
+
+    @property
+    def from_logits(self) -> bool:
+        return self.target_loss.from_logits  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        prior = None if self.prior is None else self.prior.tolist()
+        return f"weight={self.weight!r}, prior={prior!r}"
+
+
+class MultiLevelGuidance(_Loss):
     r"""Low-level heads learn, by cross entropy, from the prediction averaged over both heads.
 
     .. math:: \ell = \frac{1}{|A|} \sum_{n \in A} -\log p^{low}_{n, y_n}, \qquad
@@ -464,26 +598,15 @@ class MultiLevelGuidance(_PixelLoss):
         threshold: t, from 0 to 1; 0.95 as published.
         reduction: "mean" over the accepted pixels (of several processes: README.md), "sum", or
             "none" (0 where not accepted).
-        activation: "softmax", or "sigmoid": each channel is a problem of two classes with logits
-            (z, 0), and C = 2.
-        from_logits: whether the input holds logits; False if it holds probabilities.
+        activation, from_logits: as in `MaxSquareLoss`.
 
     Call:
-        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
-            float32 or float64, any strides; of the final head.
+        logits: of the final head, as in `MaxSquareLoss`.
         low_logits: those of the low-level head, of the same shape (with `size`, of any height and
             width), or a list of several heads', whose losses are added.
-        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
-        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
-        valid: bool (N, *spatial of the result), the pixels that count; None: all.
+        size, align_corners, valid: as in `MaxSquareLoss`.
 
-    Shape:
-        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
-        accepted. float32 for half-precision logits. In nats. 0 if nothing is accepted.
-
-    Raises:
-        TypeError: an argument of the wrong kind or dtype.
-        ValueError: a wrong shape, device, or value of an option.
+    Shape, Raises: as in `MaxSquareLoss`; in nats, and 0 if nothing is accepted.
 
     Example:
         >>> import torch
@@ -494,7 +617,20 @@ class MultiLevelGuidance(_PixelLoss):
     Source: M. Chen et al., ICCV 2019, multi-level self-produced guidance.
     """
 
-    threshold: float = 0.95
+    def __init__(
+        self,
+        threshold: float = 0.95,
+        *,
+        reduction: str = "mean",
+        activation: str = "softmax",
+        from_logits: bool = True,
+    ) -> None:
+        super().__init__(
+            threshold=threshold,
+            reduction=reduction,
+            activation=activation,
+            from_logits=from_logits,
+        )
 
     def forward(
         self,
@@ -505,8 +641,9 @@ class MultiLevelGuidance(_PixelLoss):
         align_corners: bool = False,
         valid: Tensor | None = None,
     ) -> Tensor:
-        """The sum of the low-level heads' losses; see the class for the arguments."""
-        self._look_at_input(logits)
+        """The sum of the low-level heads' losses; the class documents the arguments."""
+        if not self._input_was_read:
+            self._warn_if_probabilities(logits)
         return functional.guidance_loss(
             logits,
             low_logits,
@@ -523,27 +660,18 @@ class MultiLevelLoss(nn.Module):
     .. math:: \ell = \ell_{target}(z) + \lambda\, \ell_{guidance}(z, z^{low})
 
     Args:
-        target_loss: any loss of one head's logits of this library; the guidance takes its
-            reduction, activation and from_logits.
+        target_loss: any loss of one head's logits of this library, or an
+            `InformationMaximizationLoss`; the guidance has its reduction, activation and
+            from_logits.
         threshold: of the guidance, from 0 to 1, as in `MultiLevelGuidance`.
         weight: lambda, at least 0; 0.1 as published (there lambda_seg, so that this whole
             loss is to be multiplied by lambda_target).
 
     Call:
-        logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions, of the final head.
-        low_logits: those of the low-level head, of the same shape (with `size`, of any height and
-            width), or a list of several heads'.
-        size: (height, width) to which all logits are first upsampled bilinearly; None: as is.
-        align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
-        valid: bool (N, *spatial of the result), the pixels that count; None: all.
+        logits, low_logits, size, align_corners, valid: as in `MultiLevelGuidance`.
         labels: for an image-wise target loss: a map from which it counts classes.
 
-    Shape:
-        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial).
-
-    Raises:
-        TypeError: an argument of the wrong kind or dtype.
-        ValueError: a wrong shape, device, or value of an option.
+    Shape, Raises: as the target loss.
 
     Example:
         >>> import torch
@@ -559,16 +687,11 @@ class MultiLevelLoss(nn.Module):
         self, target_loss: nn.Module, threshold: float = 0.95, weight: float = 0.1
     ) -> None:
         super().__init__()
-        if not isinstance(target_loss, _TargetLoss):
+        if not isinstance(target_loss, (_TargetLoss, InformationMaximizationLoss)):
             raise TypeError(f"target_loss must be a loss of one head's logits, not {target_loss!r}")
-        check_options(weight=weight)
+        check_options(threshold=threshold, weight=weight)
         self.target_loss = target_loss
-        self.guidance = MultiLevelGuidance(
-            threshold,
-            reduction=target_loss.reduction,
-            activation=target_loss.activation,
-            from_logits=target_loss.from_logits,
-        )
+        self.threshold = threshold
         self.weight = weight
 
     def forward(
@@ -581,11 +704,19 @@ class MultiLevelLoss(nn.Module):
         valid: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Target loss plus weighted guidance; see the class for the arguments."""
+        """Target loss plus weighted guidance; the class documents the arguments."""
         call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
-        target: Tensor = self.target_loss(logits, **call, labels=labels)
-        guidance: Tensor = self.guidance(logits, low_logits, **call)
+        target: Tensor = self.target_loss(logits, labels=labels, **call)
+        guidance = functional.guidance_loss(
+            logits,
+            low_logits,
+            threshold=self.threshold,
+            reduction=self.target_loss.reduction,  # type: ignore[arg-type]
+            activation=self.target_loss.activation,  # type: ignore[arg-type]
+            from_logits=self.target_loss.from_logits,  # type: ignore[arg-type]
+            **call,
+        )
         return target + self.weight * guidance
 
     def extra_repr(self) -> str:
-        return f"weight={self.weight!r}"
+        return f"threshold={self.threshold!r}, weight={self.weight!r}"

@@ -1,6 +1,6 @@
-r"""Pixel potentials: what one pixel pays for its class probabilities, and the slope of that.
+r"""Pixel potentials: what one pixel pays for its class probabilities, and the gradient of that.
 
-Every loss of this library sums a potential over pixels. With p = softmax(z) the slope with
+Every loss of this library sums a potential over pixels. With p = softmax(z) the gradient with
 respect to the logits is closed form,
 
 .. math:: \partial\phi/\partial z_c = p_c (g_c - \textstyle\sum_k p_k g_k),
@@ -28,8 +28,27 @@ from torch import Tensor
 # Below, 1 / (q - 1) would be more than twice as large as any entropy of two classes.
 POWER_FROM_Q = 1.5
 
-# The forms that t takes in the kernels, and the potential that has none.
-SQUARE, SHANNON, POWER, NEAR_ONE, LABEL = range(5)
+# The forms of t in the kernels, and the two potentials that have no t.
+SQUARE, SHANNON, POWER, NEAR_ONE, CROSS_ENTROPY, LINEAR = range(6)
+
+
+class Probabilities:
+    """p and log p of logits or probabilities z (N, C, *); a potential computes what it reads."""
+
+    def __init__(self, z: Tensor, from_logits: bool = True) -> None:
+        self.z, self.from_logits = z, from_logits
+
+    def p(self) -> Tensor:
+        return self.z.softmax(1) if self.from_logits else self.z
+
+    def log_p(self) -> Tensor:
+        if self.from_logits:
+            return self.z.log_softmax(1)
+        return self.z.clamp_min(torch.finfo(self.z.dtype).tiny).log()
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        log_p = self.log_p()
+        return log_p.exp() if self.from_logits else self.z, log_p
 
 
 @dataclass(frozen=True)
@@ -53,11 +72,13 @@ class Tsallis:
             return SHANNON if self.q == 1 else SQUARE
         return POWER if self.shift() else NEAR_ONE
 
-    def terms(self, p: Tensor, log_p: Tensor) -> Tensor:
+    def terms(self, probabilities: Probabilities) -> Tensor:
         """t = p L(p), with L finite at p = 0 so that t is 0 there."""
-        q, tiny, kind = self.q, torch.finfo(p.dtype).tiny, self.kind()
+        q, kind = self.q, self.kind()
         if kind == SQUARE:
-            return p * p
+            return probabilities.p().square()
+        p, log_p = probabilities.both()
+        tiny = torch.finfo(p.dtype).tiny
         if kind == POWER:
             return p * torch.exp((q - 1) * log_p) * self.shift()
         bounded = log_p.clamp_min(math.log(tiny))
@@ -69,43 +90,58 @@ class Tsallis:
             t = torch.where(p < tiny, torch.exp(q * log_p) / (q - 1), t)
         return t
 
-    def value(self, p: Tensor, log_p: Tensor, y: Tensor | None = None) -> Tensor:
-        """(N, C, *) probabilities and their logarithms -> (N, *)."""
-        phi = self.shift() + self.offset - self.terms(p, log_p).sum(1)
+    def value(self, probabilities: Probabilities) -> Tensor:
+        """The potential of every pixel, (N, *)."""
+        phi = self.shift() + self.offset - self.terms(probabilities).sum(1)
         if self.normalised or self.shift() or self.q == 1:
             return phi
         # With a = 0 the sum above takes 1 for the sum of the probabilities.
-        return phi + (1 - p.sum(1)) / (self.q - 1)
-
-    def slope(self, p: Tensor, log_p: Tensor, y: Tensor | None = None) -> Tensor:
-        """The slope of the value with respect to the logits, (N, C, *)."""
-        t = self.terms(p, log_p)
-        return -self.q * (t - p * t.sum(1, keepdim=True))
+        return phi + (1 - probabilities.p().sum(1)) / (self.q - 1)
 
 
 @dataclass(frozen=True)
-class Label:
-    """Cross entropy -log p_y against the pixel's class y; g_c = -[c = y] / p_y.
+class CrossEntropy:
+    """-log p_y against the pixel's class y; g_c = -[c = y] / p_y."""
 
-    A pixel whose y is no class has the value of some class: its weight is 0 or NaN.
+    def kind(self) -> int:
+        return CROSS_ENTROPY
+
+    def value(self, probabilities: Probabilities, y: Tensor) -> Tensor:
+        """The potential of every pixel, (N, *), for its class y (N, *)."""
+        log_p = probabilities.log_p()
+        # A pixel whose y is no class has the value of some class: its weight is 0 or NaN.
+        c = y.long().clamp(0, log_p.shape[1] - 1).unsqueeze(1)
+        return -log_p.gather(1, c).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """sum_c G_c p_c, where G (N, C) are coefficients of each image; g_c = G_c.
+
+    It gives the gradient of a function of the sums of probabilities; G is the function's own.
     """
 
     def kind(self) -> int:
-        """The form of the slope."""
-        return LABEL
+        return LINEAR
 
-    def value(self, p: Tensor, log_p: Tensor, y: Tensor | None) -> Tensor:
-        """(N, C, *) probabilities and their logarithms, (N, *) classes -> (N, *)."""
-        return -log_p.gather(1, self._class(p, y)).squeeze(1)
-
-    def slope(self, p: Tensor, log_p: Tensor, y: Tensor | None) -> Tensor:
-        """The slope of the value with respect to the logits, (N, C, *): p_c - [c = y]."""
-        return p.scatter_add(1, self._class(p, y), -torch.ones_like(p[:, :1]))
-
-    @staticmethod
-    def _class(p: Tensor, y: Tensor | None) -> Tensor:
-        assert y is not None
-        return y.long().clamp(0, p.shape[1] - 1).unsqueeze(1)
+    def value(self, probabilities: Probabilities, coefficients: Tensor) -> Tensor:
+        """The potential of every pixel, (N, *)."""
+        p = probabilities.p()
+        return (coefficients.view(*coefficients.shape, *[1] * (p.dim() - 2)) * p).sum(1)
 
 
-Potential = Tsallis | Label
+Potential = Tsallis | CrossEntropy | Linear
+
+
+def numbers_of(potential: Potential) -> tuple[int, float, float]:
+    """What an operator takes of a potential: its kind, q and offset."""
+    if isinstance(potential, Tsallis):
+        return potential.kind(), potential.q, potential.offset
+    return potential.kind(), 0.0, 0.0
+
+
+def potential_of(kind: int, q: float, offset: float) -> Potential:
+    """The inverse of `numbers_of`."""
+    if kind == LINEAR:
+        return Linear()
+    return CrossEntropy() if kind == CROSS_ENTROPY else Tsallis(q, offset)

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maxsquare.engine import cuda
-from maxsquare.potentials import Label, Tsallis
+from maxsquare.potentials import CrossEntropy, Tsallis
 
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
 
@@ -84,7 +84,7 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], cuda.Launch]]:
         guide = {f"guide_{name}": value for name, value in head.items()}
         name = f"{classes} classes, {str(dtype)[6:]}{', upsampled' if size else ''}"
         index = "*i8" if classes < 128 else "*i32"
-        for potential in (Tsallis(2, -1), Tsallis(0.5), Label()):
+        for potential in (Tsallis(2, -1), Tsallis(0.5), CrossEntropy()):
             launch = cuda.Launch(
                 *([z], size, True, False),
                 kind=potential.kind(),

@@ -293,7 +293,7 @@ def _tsallis(q: float, ratio: float | None = None) -> Member:
     )
 
 
-MEMBERS = [
+LOSSES = [
     Member(
         "max_square",
         maxsquare.MaxSquareLoss,
@@ -369,14 +369,14 @@ MEMBERS = [
         weight=0.3,
     ),
 ]
-IMAGE_WISE = [member for member in MEMBERS if member.image_wise]
-ONE_HEAD = [member for member in MEMBERS if member.heads == 1]
-TWO_HEADS = [member for member in MEMBERS if member.heads == 2]
-SMOOTH = [member for member in MEMBERS if member.smooth]
+IMAGE_WISE = [member for member in LOSSES if member.image_wise]
+ONE_HEAD = [member for member in LOSSES if member.heads == 1]
+TWO_HEADS = [member for member in LOSSES if member.heads == 2]
+SMOOTH = [member for member in LOSSES if member.smooth]
 
 
-def member_named(name: str) -> Member:
-    return next(member for member in MEMBERS if member.name == name)
+def loss_named(name: str) -> Member:
+    return next(member for member in LOSSES if member.name == name)
 
 
 # --------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The CPU kernels compute what the plain formula says, on any number of threads, within bounds.
 
-How they come to be compiled is in `test_compiling.py`.
+How they come to be compiled is in `test_libraries.py`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from support import (
 from torch import Tensor
 
 from maxsquare.checks import INTEGERS
-from maxsquare.engine import cpu, plain
-from maxsquare.potentials import POWER_FROM_Q, Label, Potential, Tsallis
+from maxsquare.engine import cpu, libraries, plain
+from maxsquare.engine.plain import LogitsSpec
+from maxsquare.potentials import POWER_FROM_Q, CrossEntropy, Potential, Tsallis
 
-pytestmark = pytest.mark.skipif(not any(cpu.compilers()), reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(not any(libraries.compilers()), reason="needs a C++ compiler")
 
 POTENTIALS = {
     "square": Tsallis(2, offset=-1),
@@ -45,7 +46,7 @@ POTENTIALS = {
     "power": Tsallis(POWER_FROM_Q),
     "near one": Tsallis(1.0001),
     "below one": Tsallis(0.5),
-    "label": Label(),
+    "label": CrossEntropy(),
 }
 each_potential = pytest.mark.parametrize("potential", POTENTIALS.values(), ids=POTENTIALS)
 each_size = pytest.mark.parametrize("size", [None, (20, 31)], ids=["as is", "upsampled"])
@@ -70,19 +71,19 @@ class Case:
     def classify(self, kernels: ModuleType) -> tuple[Tensor, Tensor]:
         tensors = (self.z, self.guide, self.labels, self.valid)
         ignore_index = 1
-        return kernels.classify(*tensors, *self.how(), self.threshold, ignore_index)
+        return kernels.classify(*tensors, self.spec(), self.threshold, ignore_index)
 
     def weighted_sum(
-        self, kernels: ModuleType, y: Tensor | None, with_slope: bool = True
+        self, kernels: ModuleType, y: Tensor | None, needs_grad: bool = True
     ) -> tuple[Tensor, Tensor]:
-        classes = plain.number_of_classes(self.z, self.binary)
+        classes = self.spec().classes(self.z)
         weights = random_logits((len(self.z), classes if self.by_class else 1), seed=5)
         weights = weights.to(plain.accumulation_dtype(self.z.dtype))
         tensors = (self.z, weights, y, self.valid)
-        return kernels.weighted_sum_and_slope(*tensors, self.potential, *self.how(), with_slope)
+        return kernels.weighted_sum(*tensors, self.potential, self.spec(), needs_grad)
 
-    def how(self) -> tuple[Any, ...]:
-        return self.size, self.align_corners, self.binary
+    def spec(self) -> LogitsSpec:
+        return LogitsSpec(self.size, self.align_corners, self.binary)
 
     def to(self, dtype: torch.dtype) -> Case:
         guide = None if self.guide is None else self.guide.to(dtype)
@@ -107,7 +108,7 @@ def make_case(
     if kind == "guide":
         case.guide = random_logits(shape, seed=seed + 1)
     if kind == "labels":
-        classes = plain.number_of_classes(case.z, case.binary)
+        classes = case.spec().classes(case.z)
         generator = torch.Generator().manual_seed(seed)
         case.labels = torch.randint(-1, classes, pixels, generator=generator)
     return case
@@ -118,13 +119,13 @@ def assert_equal_to_plain(case: Case) -> None:
     expected_y, expected_counts = case.classify(plain)
     assert (y.dtype, counts.dtype) == (expected_y.dtype, expected_counts.dtype)
     assert torch.equal(y, expected_y) and torch.equal(counts, expected_counts)
-    indices = [y] if case.by_class or isinstance(case.potential, Label) else [y, None]
+    indices = [y] if case.by_class or isinstance(case.potential, CrossEntropy) else [y, None]
     for index in indices:
         sums, slope = case.weighted_sum(cpu, index)
         expected_sums, expected_slope = case.weighted_sum(plain, index)
         assert_close(sums, expected_sums)
         assert_close(slope, expected_slope)
-        sums_alone, no_slope = case.weighted_sum(cpu, index, with_slope=False)
+        sums_alone, no_slope = case.weighted_sum(cpu, index, needs_grad=False)
         assert no_slope is None
         assert_close(sums_alone, sums)
 
@@ -211,7 +212,7 @@ def test_fused_upsampling_equals_upsampling_first(
     source: tuple[int, int], size: tuple[int, int], align_corners: bool
 ) -> None:
     options = {"size": size, "align_corners": align_corners}
-    for kind, potential in (("argmax", Tsallis(2)), ("guide", Label())):
+    for kind, potential in (("argmax", Tsallis(2)), ("guide", CrossEntropy())):
         assert_equal_to_plain(make_case((2, 4, *source), kind, potential, **options))
 
 
@@ -253,7 +254,7 @@ def test_half_precision_is_read_exactly_and_rounded_to_nearest(dtype: torch.dtyp
     finite = every[:, 0].isfinite()
     results = []
     for logits in (z, z.float()):
-        case = Case(logits, Label(), valid=finite, by_class=False)
+        case = Case(logits, CrossEntropy(), valid=finite, by_class=False)
         results.append(case.weighted_sum(cpu, torch.zeros(1, 2**16, dtype=torch.int8))[0])
         # Each of them in a pixel and a sum of its own.
         images = replace(case, z=logits.permute(2, 1, 0), valid=None)
@@ -264,7 +265,7 @@ def test_half_precision_is_read_exactly_and_rounded_to_nearest(dtype: torch.dtyp
     z = random_logits((3000, 3, 1)).to(dtype)
     weights = torch.logspace(-46, 38, 3000)[:, None]
     slopes = [
-        cpu.weighted_sum_and_slope(x, weights, None, None, Tsallis(2), None, False, False, True)[1]
+        cpu.weighted_sum(x, weights, None, None, Tsallis(2), LogitsSpec(), True)[1]
         for x in (z, z.float())
     ]
     expected = slopes[1].to(dtype)
@@ -280,7 +281,7 @@ def test_positions_far_from_the_origin_keep_their_digits(dtype: torch.dtype) -> 
     z[0, 0, 0, int(position) + 1] = 1
     valid = torch.zeros(1, 1, 2048, dtype=torch.bool)
     valid[..., 2000] = True
-    case = Case(z, Label(), valid=valid, size=(1, 2048), align_corners=True, by_class=False)
+    case = Case(z, CrossEntropy(), valid=valid, size=(1, 2048), align_corners=True, by_class=False)
     weight = random_logits((1, 1), seed=5)
     sums, _ = case.weighted_sum(cpu, torch.ones(1, 1, 2048, dtype=torch.int8))
     # -log p_1 = log(1 + exp(z_0)), and z_0 is the share of the next source pixel.
@@ -295,7 +296,7 @@ def test_where_head_and_guide_tie_the_first_class_wins(size: tuple[int, int] | N
     z = random_logits((2, 5, 6, 9)).float()
     z[:, 2:] -= 20
     # Class 0 and 1 change places: their mean probabilities are equal, whatever they are.
-    case = Case(z, Label(), guide=z[:, [1, 0, 2, 3, 4]], threshold=0.6, size=size)
+    case = Case(z, CrossEntropy(), guide=z[:, [1, 0, 2, 3, 4]], threshold=0.6, size=size)
     y, _ = case.classify(cpu)
     assert torch.equal(y, case.classify(plain)[0])
     assert set(y.unique().tolist()) == {-1, 0}
@@ -314,7 +315,7 @@ def test_ties_and_what_is_not_finite_have_the_class_that_the_plain_formula_gives
     assert (best[:, 0] == best[:, 1]).any()
     z[0, 3, 2, 2] = z[1, 0, 3, :4] = bad
     z[1, :, 5, 6] = bad
-    case = Case(z, Label(), threshold=threshold)
+    case = Case(z, CrossEntropy(), threshold=threshold)
     y, counts = case.classify(cpu)
     expected_y, expected_counts = case.classify(plain)
     assert torch.equal(y, expected_y) and torch.equal(counts, expected_counts)
@@ -324,7 +325,7 @@ def test_ties_and_what_is_not_finite_have_the_class_that_the_plain_formula_gives
 def test_a_threshold_accepts_what_is_strictly_above_it() -> None:
     z = torch.zeros(1, 2, 3)
     z[0, 0] = torch.tensor([-1e-3, 0, 1e-3])
-    y, counts = Case(z, Label(), threshold=0.5).classify(cpu)
+    y, counts = Case(z, CrossEntropy(), threshold=0.5).classify(cpu)
     assert y.tolist() == [[1, -1, 0]] and counts.tolist() == [[1, 1, 0]]
 
 
@@ -333,7 +334,7 @@ def test_a_threshold_accepts_what_is_strictly_above_it() -> None:
 def test_labels_of_every_integer_dtype_are_read(
     dtype: torch.dtype, size: tuple[int, int] | None
 ) -> None:
-    case = make_case((2, 200, 5, 7), "labels", Label(), size=size)
+    case = make_case((2, 200, 5, 7), "labels", CrossEntropy(), size=size)
     assert case.labels is not None
     case.labels = case.labels.to(dtype)
     # Beyond the classes, not counted, and where the dtype has it negative.
@@ -348,7 +349,7 @@ def test_labels_of_every_integer_dtype_are_read(
 @pytest.mark.parametrize("classes", [2, 126, 127, 128, 300])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_number_of_classes_has_an_index(kind: str, classes: int) -> None:
-    case = make_case((1, classes, 3, 5), kind, Label())
+    case = make_case((1, classes, 3, 5), kind, CrossEntropy())
     case.valid = None
     case.z[0, -1, 0] += 50
     case.z[0, 0, 2, 4] = torch.nan
@@ -464,7 +465,7 @@ def test_the_slope_has_the_layout_of_the_logits(layout: str, size: tuple[int, in
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
 def test_no_pixel_is_a_sum_of_zero(shape: tuple[int, ...]) -> None:
     for kind in KINDS:
-        y, counts = (case := make_case(shape, kind, Label())).classify(cpu)
+        y, counts = (case := make_case(shape, kind, CrossEntropy())).classify(cpu)
         sums, slope = case.weighted_sum(cpu, y)
         assert y.shape == (shape[0], *shape[2:]) and counts.shape == (shape[0], 4)
         assert not counts.any() and not sums.any() and slope.shape == shape
@@ -479,7 +480,11 @@ def large_cases(dtype: torch.dtype) -> list[Case]:
     return [
         make_case(shape, kind, potential, size=size).to(dtype)
         for size, shape in shapes.items()
-        for kind, potential in (("argmax", Tsallis(2)), ("guide", Label()), ("labels", Tsallis(1)))
+        for kind, potential in (
+            ("argmax", Tsallis(2)),
+            ("guide", CrossEntropy()),
+            ("labels", Tsallis(1)),
+        )
     ]
 
 
@@ -521,9 +526,9 @@ def test_every_place_in_a_batch_gives_the_same_bits() -> None:
             assert_same_bits(bits(one)[:2], [result[n : n + 1] for result in batch[:2]])
             weights = torch.ones(2, 1)
             together, single = (
-                cpu.weighted_sum_and_slope(
+                cpu.weighted_sum(
                     *(each.z, weights[: len(each.z)], each.classify(cpu)[0], None),
-                    *(each.potential, *each.how(), True),
+                    *(each.potential, each.spec(), True),
                 )
                 for each in (case, one)
             )
@@ -619,15 +624,15 @@ def test_peak_memory_stays_far_below_a_tensor_of_logits(
 @pytest.mark.skipif(sys.platform != "linux", reason="the sanitizer is preloaded as on Linux")
 def test_the_kernels_stay_in_bounds_and_defined(tmp_path: Path) -> None:
     """The tests above, with kernels and tensors that AddressSanitizer and UBSan watch."""
-    compiler = next(cpu.compilers())
-    libraries = [
+    compiler = next(libraries.compilers())
+    sanitizers = [
         subprocess.run(
             [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
         ).stdout.strip()
         # PyTorch throws exceptions, which the sanitizer follows if it finds their library.
         for name in ("libasan.so", "libstdc++.so")
     ]
-    if not Path(libraries[0]).is_absolute():
+    if not Path(sanitizers[0]).is_absolute():
         pytest.skip(f"{shlex.join(compiler)} has no libasan.so")
     wrapper = tmp_path / "compiler"
     # Options at the end, as the last level of optimisation counts: a higher one takes a minute.
@@ -645,7 +650,7 @@ def test_the_kernels_stay_in_bounds_and_defined(tmp_path: Path) -> None:
             **os.environ,
             "CXX": str(wrapper),
             "XDG_CACHE_HOME": str(tmp_path),
-            "LD_PRELOAD": " ".join(libraries),
+            "LD_PRELOAD": " ".join(sanitizers),
             # What Python does not free at its end is not ours to judge.
             "ASAN_OPTIONS": "detect_leaks=0",
         },

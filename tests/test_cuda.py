@@ -12,17 +12,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support import (
-    MEMBERS,
+    LOSSES,
     Member,
     assert_close,
     assert_within_budget,
     inputs_of,
     lay_out,
+    loss_named,
     oracle,
     random_labels,
     random_logits,
@@ -32,8 +34,8 @@ from support import (
 )
 from torch import Tensor
 
-from maxsquare.engine import operators, plain
-from maxsquare.potentials import POWER_FROM_Q, Label, Potential, Tsallis
+from maxsquare.engine import LogitsSpec, operators, plain
+from maxsquare.potentials import POWER_FROM_Q, CrossEntropy, Linear, Potential, Tsallis
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cuda = triton_kernels()
@@ -51,7 +53,7 @@ each_size = pytest.mark.parametrize(
 )
 each_resolution = pytest.mark.parametrize("size", [None, (3, 4)], ids=["as is", "upsampled"])
 # Either side of the q where the logarithm changes its form, and the q with a form of their own.
-POTENTIALS = [*(Tsallis(q) for q in (0.5, 1, 1.0001, POWER_FROM_Q)), Tsallis(2, -1), Label()]
+POTENTIALS = [*(Tsallis(q) for q in (0.5, 1, 1.0001, POWER_FROM_Q)), Tsallis(2, -1), CrossEntropy()]
 
 
 def logits(*shape: int, seed: int = 0, spread: float = 2.0) -> Tensor:
@@ -67,41 +69,49 @@ def surrounded(z: Tensor, value: float = float("nan")) -> Tensor:
 
 
 def assert_sums_equal(
-    z: Tensor, potential: Potential, size: Any = None, align_corners: bool = False, **how: Any
+    z: Tensor,
+    potential: Potential,
+    spec: LogitsSpec = LogitsSpec(),  # noqa: B008
+    valid: Tensor | None = None,
+    y: Tensor | None = None,
+    by_class: bool = True,
 ) -> None:
-    """Sums and slopes of the kernels are those of the plain formula."""
-    binary, by_class = how.get("binary", False), how.get("by_class", True)
-    valid = how.get("valid")
-    classes = plain.number_of_classes(z, binary)
-    shape = (len(z), *(size or z.shape[2:]))
-    y = None
-    if by_class or isinstance(potential, Label):
-        y = how.get("y", random_labels((shape[0], classes, *shape[1:])).to(z.device))
-        y = y.to(plain.index_dtype(classes))
+    """Sums and gradients of the kernels are those of the plain formula."""
+    classes, shape = spec.classes(z), (len(z), *spec.spatial(z))
+    if isinstance(potential, Linear):
+        y = None
+    elif y is None and (by_class or isinstance(potential, CrossEntropy)):
+        y = random_labels((shape[0], classes, *shape[1:])).to(z.device)
+    y = None if y is None else y.to(plain.index_dtype(classes))
     weights = 0.5 + torch.rand(len(z), classes if by_class else 1, dtype=torch.float64)
     weights = weights.to(z.device, plain.accumulation_dtype(z.dtype))
-    arguments = (z, weights, y, valid, potential, size, align_corners, binary)
-    sums, slope = cuda.weighted_sum_and_slope(*arguments, True)
-    expected, expected_slope = plain.weighted_sum_and_slope(*arguments, True)
+    arguments = (z, weights, y, valid, potential, spec)
+    sums, grad = cuda.weighted_sum(*arguments, True)
+    expected, expected_grad = plain.weighted_sum(*arguments, True)
     assert_close(sums, expected, z.dtype)
-    assert_close(slope, expected_slope, z.dtype)
-    alone, none = cuda.weighted_sum_and_slope(*arguments, False)
+    assert_close(grad, expected_grad, z.dtype)
+    alone, none = cuda.weighted_sum(*arguments, False)
     assert torch.equal(alone, sums) and none is None
 
 
 def assert_classes_equal(
-    z: Tensor, size: Any = None, align_corners: bool = False, **how: Any
+    z: Tensor,
+    spec: LogitsSpec = LogitsSpec(),  # noqa: B008
+    *,
+    guide: Tensor | None = None,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    threshold: float | None = None,
 ) -> None:
     """Classes and counts of the kernels are those of the plain formula."""
-    options = (size, align_corners, how.get("binary", False), how.get("threshold"), -1)
-    tensors = (how.get("guide"), how.get("labels"), how.get("valid"))
-    y, counts = cuda.classify(z, *tensors, *options)
-    expected_y, expected_counts = plain.classify(z, *tensors, *options)
+    arguments = (z, guide, labels, valid, spec, threshold)
+    y, counts = cuda.classify(*arguments)
+    expected_y, expected_counts = plain.classify(*arguments)
     assert torch.equal(y, expected_y)
     assert torch.equal(counts, expected_counts)
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=repr)
+@pytest.mark.parametrize("member", LOSSES, ids=repr)
 def test_value_and_gradient_of_a_loss_equal_the_formula(
     member: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +135,7 @@ def test_sums_and_slopes(potential: Potential, size: Any, align_corners: bool) -
 @each_size
 def test_classes(size: Any, align_corners: bool) -> None:
     z = logits(1, 3, 2, 3)
-    guide = z.flip(1) if size is None else logits(1, 3, 3, 2, seed=1)
+    guide = z.roll(1, 1) if size is None else logits(1, 3, 3, 2, seed=1)
     valid = random_valid((1, *(size or z.shape[2:])), share=0.8).to(DEVICE)
     assert_classes_equal(z, size, align_corners)
     assert_classes_equal(z, size, align_corners, threshold=0.6, valid=valid)
@@ -153,6 +163,30 @@ def test_classes_of_labels_are_counted() -> None:
     assert_classes_equal(z, labels=labels.to(DEVICE), valid=valid)
 
 
+@pytest.mark.parametrize("kernels", [cuda, None], ids=["kernels", "plain formula"])
+@pytest.mark.parametrize("order", [(1, 2, 0), (0, 2, 1)], ids=["batch last", "width first"])
+def test_labels_of_any_layout(
+    order: tuple[int, int, int], kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "kernels_for", lambda z: kernels)
+    z, loss = logits(2, 3, 3, 4), loss_named("iw_max_square").make()
+    labels = random_labels(tuple(z.shape)).to(DEVICE)
+    stored = lay_out_map(labels, order)
+    assert torch.equal(stored, labels) and not stored.is_contiguous()
+    value, gradients = value_and_gradient(lambda z: loss(z, labels=labels), (z,))
+    torch.compiler.reset()  # what it compiled for other kernels
+    compiled = torch.compile(loss, fullgraph=True)
+    for call in (loss, compiled):
+        result = value_and_gradient(lambda z, call=call: call(z, labels=stored), (z,))
+        assert torch.equal(result[0], value) and torch.equal(result[1][0], gradients[0])
+
+
+def lay_out_map(y: Tensor, order: tuple[int, int, int]) -> Tensor:
+    """The same map, whose dimensions are stored in this order."""
+    back = tuple(order.index(dim) for dim in range(3))
+    return y.permute(order).contiguous().permute(back)
+
+
 @pytest.mark.parametrize("classes", [2, 33])
 def test_pixels_beyond_one_tile(classes: int) -> None:
     z = logits(1, classes, 5, 131)
@@ -174,8 +208,8 @@ def test_pixels_beyond_one_program_that_counts() -> None:
 def test_classes_beyond_one_chunk(size: Any) -> None:
     z = logits(1, cuda.MAX_CLASSES + 2, 2, 1)
     assert_sums_equal(z, Tsallis(1.2), size)
-    assert_sums_equal(z, Label(), size)
-    assert_classes_equal(z, size, threshold=0.01, guide=z.flip(1))
+    assert_sums_equal(z, CrossEntropy(), size)
+    assert_classes_equal(z, size, threshold=0.01, guide=z.roll(1, 1))
     z[:, :] = 0
     assert_classes_equal(z, size)
 
@@ -203,8 +237,8 @@ def test_nothing_beside_the_tensors_is_read_or_written(size: Any) -> None:
     assert torch.equal(y, expected[0]) and torch.equal(counts, expected[1])
     arguments = (z, weights, y, None, Tsallis(1), size, True, False, True)
     for result, reference in zip(
-        cuda.weighted_sum_and_slope(*arguments),
-        plain.weighted_sum_and_slope(*arguments),
+        cuda.weighted_sum(*arguments),
+        plain.weighted_sum(*arguments),
         strict=True,
     ):
         assert_close(result, reference)
@@ -258,9 +292,9 @@ def test_low_precision_accumulates_in_float32(size: Any, dtype: torch.dtype) -> 
     z = logits(1, 5, 2, 3).to(dtype)
     weights = torch.ones(1, 1, device=DEVICE)
     arguments = (None, None, Tsallis(1), size, True, False, True)
-    found = cuda.weighted_sum_and_slope(z, weights, *arguments)
-    as_plain = plain.weighted_sum_and_slope(z, weights, *arguments)
-    exact = plain.weighted_sum_and_slope(z.double(), weights.double(), *arguments)
+    found = cuda.weighted_sum(z, weights, *arguments)
+    as_plain = plain.weighted_sum(z, weights, *arguments)
+    exact = plain.weighted_sum(z.double(), weights.double(), *arguments)
     assert found[0].dtype == torch.float32
     for result, reference, truth in zip(found, as_plain, exact, strict=True):
         assert_within_budget(result, reference, truth, dtype)
@@ -271,7 +305,7 @@ def test_repeats_are_equal_and_inputs_unchanged(size: Any) -> None:
     z = logits(1, 3, 2, 3)
     before, weights = z.clone(), torch.ones(1, 1, dtype=z.dtype, device=DEVICE)
     arguments = (z, weights, None, None, Tsallis(1), size, True, False, True)
-    first, second = (cuda.weighted_sum_and_slope(*arguments) for _ in range(2))
+    first, second = (cuda.weighted_sum(*arguments) for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert torch.equal(z, before)
 
@@ -309,8 +343,8 @@ def test_what_is_not_finite_shows(bad: float, size: Any) -> None:
         assert_classes_equal(z, size, threshold=threshold, guide=guide)
         y, _ = cuda.classify(z, guide, None, None, size, False, False, threshold, -1)
         assert (y[0] == 3).any() and not (y[1] == 3).any()
-        for potential in (Tsallis(2, -1), Label()):
-            sums, slope = cuda.weighted_sum_and_slope(
+        for potential in (Tsallis(2, -1), CrossEntropy()):
+            sums, slope = cuda.weighted_sum(
                 z, weights, y, None, potential, size, False, False, True
             )
             assert sums.isnan().tolist() == [True, False]
@@ -337,7 +371,7 @@ def test_no_kernel_spills_its_registers() -> None:
 @needs_cuda
 @pytest.mark.parametrize("size", [None, (40, 60)], ids=["as is", "upsampled"])
 def test_capture_in_a_graph(size: tuple[int, int] | None) -> None:
-    member = next(member for member in MEMBERS if member.name == "iw_multi_level")
+    member = next(member for member in LOSSES if member.name == "iw_multi_level")
     inputs = tuple(z.detach().to(DEVICE) for z in inputs_of(member, (2, 5, 8, 9)))
     loss = member.make()
 
@@ -353,12 +387,23 @@ def test_capture_in_a_graph(size: tuple[int, int] | None) -> None:
     assert all(map(torch.equal, slopes, gradients))
 
 
+@pytest.mark.parametrize("default_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernels_pass_their_own_check(
+    default_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE == "cpu":  # the interpreter has no driver that could name its target
+        target = SimpleNamespace(backend="cuda")
+        driver = SimpleNamespace(get_current_target=lambda: target)
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default_dtype)
+    try:
+        cuda.check(torch.device(DEVICE))
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_a_triton_that_cannot_compile_the_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", "3.3.1")
     with pytest.raises(RuntimeError, match=r"Triton 3\.4 or later, not 3\.3\.1"):
         cuda.check(torch.device(DEVICE))
-
-
-@needs_cuda
-def test_the_kernels_pass_their_own_check() -> None:
-    cuda.check(torch.device("cuda", 0))

@@ -16,7 +16,7 @@ from support import (
     Member,
     assert_close,
     batches,
-    member_named,
+    loss_named,
     oracle,
     random_labels,
     random_logits,
@@ -242,7 +242,7 @@ def test_shares_without_any_gradient_are_zero() -> None:
 def test_shares_of_lower_precision(dtype: torch.dtype) -> None:
     logits, labels = random_logits((2, 4, 15, 16)).to(dtype), random_labels((2, 4, 15, 16))
     shares = class_gradient_share(EntropyLoss(), logits, labels)
-    expected = shares_of(member_named("entropy"), logits.double(), labels, None)
+    expected = shares_of(loss_named("entropy"), logits.double(), labels, None)
     assert shares.dtype == torch.float32
     assert_close(shares, expected, torch.float32)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support import (
     HALF,
     LAYOUTS,
-    MEMBERS,
+    LOSSES,
     TOLERANCE,
     Batch,
     Member,
@@ -31,8 +31,8 @@ from support import (
     image_weight,
     inputs_of,
     lay_out,
+    loss_named,
     map_as_images,
-    member_named,
     options,
     random_labels,
     random_logits,
@@ -59,7 +59,7 @@ from maxsquare import (
 # --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=repr)
+@pytest.mark.parametrize("member", LOSSES, ids=repr)
 @given(st.data())
 def test_module_and_function_are_twins(member: Member, data: st.DataObject) -> None:
     batch = data.draw(batches())
@@ -75,7 +75,7 @@ def test_module_and_function_are_twins(member: Member, data: st.DataObject) -> N
     assert torch.equal(value, member.make(**chosen)(*inputs, **call))
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=repr)
+@pytest.mark.parametrize("member", LOSSES, ids=repr)
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_module_and_function_upsample_alike(member: Member, align_corners: bool) -> None:
     inputs = inputs_of(member)
@@ -174,7 +174,7 @@ def test_guidance_labels_are_the_sure_part_of_the_averaged_prediction(
 
 @pytest.mark.parametrize("ignore_index", [-1, -100, 255])
 def test_guidance_labels_mark_the_rest_with_the_ignored_index(ignore_index: int) -> None:
-    heads = inputs_of(member_named("guidance"))
+    heads = inputs_of(loss_named("guidance"))
     marked = functional.guidance_labels(*heads, threshold=0.8, ignore_index=ignore_index)
     default = functional.guidance_labels(*heads, threshold=0.8)
     assert (default == -1).any()
@@ -182,7 +182,7 @@ def test_guidance_labels_mark_the_rest_with_the_ignored_index(ignore_index: int)
 
 
 def test_guidance_labels_are_those_of_the_guidance_loss() -> None:
-    logits, low_logits = inputs_of(member_named("guidance"))
+    logits, low_logits = inputs_of(loss_named("guidance"))
     call = {"size": (9, 11), "align_corners": True}
     labels = functional.guidance_labels(logits, low_logits, threshold=0.8, **call)
     expected = F.cross_entropy(resize(low_logits, **call), labels, ignore_index=-1)
@@ -544,7 +544,7 @@ def assert_tells(
         assert part in message, f"{part!r} not in {message!r}"
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=repr)
+@pytest.mark.parametrize("member", LOSSES, ids=repr)
 @pytest.mark.parametrize(("argument", "logits", "call", "error", "told"), BAD_CALLS)
 def test_a_bad_argument_is_told_what_is_wanted(
     member: Member,
@@ -576,7 +576,7 @@ def test_cross_entropy_and_the_maps_tell_what_is_wanted(
 def test_bad_labels_are_told_what_is_wanted(
     labels: Any, error: type[Exception], told: list[str]
 ) -> None:
-    for member in MEMBERS:
+    for member in LOSSES:
         if member.image_wise:
             inputs = (LOGITS,) * member.heads
             assert_tells(
@@ -591,9 +591,7 @@ def test_cross_entropy_needs_labels() -> None:
         functional.cross_entropy(LOGITS, None)
 
 
-@pytest.mark.parametrize(
-    "member", [member for member in MEMBERS if not member.image_wise], ids=repr
-)
+@pytest.mark.parametrize("member", [member for member in LOSSES if not member.image_wise], ids=repr)
 def test_labels_are_refused_where_no_image_weight_uses_them(member: Member) -> None:
     inputs = (LOGITS,) * member.heads
     with pytest.raises((TypeError, ValueError), match=r"\blabels\b"):
@@ -619,7 +617,7 @@ def test_bad_low_logits_are_told_what_is_wanted(
 
 def test_softmax_over_a_single_class_is_refused_and_sigmoid_is_not() -> None:
     logits = torch.zeros(2, 1, 4, 5)
-    for member in MEMBERS:
+    for member in LOSSES:
         inputs = (logits,) * member.heads
         assert_tells(
             ValueError, "logits", ["(2, 1, 4, 5)"], lambda m=member, x=inputs: m.make()(*x)
@@ -627,7 +625,7 @@ def test_softmax_over_a_single_class_is_refused_and_sigmoid_is_not() -> None:
         assert member.make(activation="sigmoid")(*inputs).isfinite()
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=repr)
+@pytest.mark.parametrize("member", LOSSES, ids=repr)
 def test_functions_check_their_options_too(member: Member) -> None:
     function = member.function
     assert function is not None
@@ -658,7 +656,7 @@ def test_the_own_options_of_the_functions_are_checked() -> None:
 
 
 def test_the_public_names_are_exactly_the_promised_ones() -> None:
-    modules = {type(member.make()).__name__ for member in MEMBERS}
+    modules = {type(member.make()).__name__ for member in LOSSES}
     assert modules | {"functional", "gradient_profile", "class_gradient_share"} <= set(
         maxsquare.__all__
     )

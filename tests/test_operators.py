@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -14,13 +15,13 @@ import torch
 from functorch.compile import make_boxed_func
 from support import (
     LAYOUTS,
-    MEMBERS,
+    LOSSES,
     Member,
     assert_close,
     inputs_of,
     largest,
     lay_out,
-    member_named,
+    loss_named,
     oracle,
     random_labels,
     random_logits,
@@ -34,14 +35,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from maxsquare import IWMaxSquareLoss, MaxSquareLoss, functional
 from maxsquare.engine import operators, plain
-from maxsquare.potentials import POWER_FROM_Q
+from maxsquare.potentials import POWER_FROM_Q, CrossEntropy, Tsallis, numbers_of
 
 OPERATORS = torch.ops.maxsquare
-each_member = pytest.mark.parametrize("member", MEMBERS, ids=repr)
+each_loss = pytest.mark.parametrize("member", LOSSES, ids=repr)
 each_size = pytest.mark.parametrize("size", [None, (7, 9)], ids=["as is", "upsampled"])
 # What a compiler or a transform has to get through: no class, counts, indices, and two heads.
-KINDS = [member_named(name) for name in ("tsallis[1.5]", "iw_max_square", "pseudo_label")]
-KINDS.append(member_named("iw_multi_level"))
+KINDS = [loss_named(name) for name in ("tsallis[1.5]", "iw_max_square", "pseudo_label")]
+KINDS.append(loss_named("iw_multi_level"))
 each_kind = pytest.mark.parametrize("member", KINDS, ids=repr)
 
 
@@ -68,9 +69,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         kernels: ModuleType = kernels_for(z) or plain
         return SimpleNamespace(
             classify=noting(kernels.classify, lambda arguments: ("classify",)),
-            weighted_sum_and_slope=noting(
-                kernels.weighted_sum_and_slope, lambda arguments: ("sum", arguments[-1])
-            ),
+            weighted_sum=noting(kernels.weighted_sum, lambda arguments: ("sum", arguments[-1])),
         )
 
     monkeypatch.setattr(operators, "kernels_for", recording)
@@ -84,7 +83,7 @@ def loss_of(member: Member, size: tuple[int, int] | None = None, **options: Any)
 # What is called
 
 
-@each_member
+@each_loss
 @each_size
 def test_every_loss_is_classifications_and_weighted_sums(
     member: Member, size: tuple[int, int] | None, calls: Calls
@@ -116,7 +115,7 @@ def test_no_slope_is_computed_where_no_gradient_is_wanted(
     assert calls == [("classify",), ("sum", False)] * 3
 
 
-@each_member
+@each_loss
 @each_size
 def test_the_plain_formula_computes_where_a_device_has_no_kernels(
     member: Member, size: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
@@ -130,7 +129,7 @@ def test_the_plain_formula_computes_where_a_device_has_no_kernels(
         assert_close(ours, slope)
 
 
-@each_member
+@each_loss
 @each_size
 def test_a_device_without_numbers_gives_shapes(
     member: Member, size: tuple[int, int] | None
@@ -154,14 +153,45 @@ def test_gpu_kernels_that_do_not_work_give_one_warning_and_the_plain_formula(
     monkeypatch.setattr(operators.importlib, "import_module", fail)
     monkeypatch.setattr(operators, "_CHECKED_KERNELS", {})
     device = torch.device("cuda", 0)
-    # While a graph is captured nothing is checked, nor settled for later.
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert operators.cuda_kernels(device) is None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.warns(UserWarning, match=r"slowly on cuda:0.*no maxsquare\.engine\.cuda"):
         assert operators.cuda_kernels(device) is None
     # Once is enough.
     assert operators.cuda_kernels(device) is None
+
+
+def test_a_failure_that_is_not_of_the_gpu_kernels_is_raised_and_the_check_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures = iter([torch.OutOfMemoryError("no memory"), OSError("disk full")])
+
+    class Kernels:
+        @staticmethod
+        def check(device: torch.device) -> None:
+            for failure in failures:
+                raise failure
+
+    monkeypatch.setattr(operators.importlib, "import_module", lambda name: Kernels)
+    monkeypatch.setattr(operators, "_CHECKED_KERNELS", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    device = torch.device("cuda", 0)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        operators.cuda_kernels(device)
+    with pytest.raises(OSError, match="disk full"):
+        operators.cuda_kernels(device)
+    assert operators.cuda_kernels(device) is Kernels
+
+
+def test_a_graph_cannot_capture_a_loss_before_its_first_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(operators, "_CHECKED_KERNELS", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call the loss once before the capture"):
+        operators.cuda_kernels(torch.device("cuda", 0))
+    # Nothing is settled for later.
+    assert operators._CHECKED_KERNELS == {}
 
 
 class Carrier(Tensor):
@@ -226,7 +256,7 @@ def test_a_tensor_that_dispatches_by_itself_takes_the_plain_formula(
 
 @forward_mode
 @batched
-@each_member
+@each_loss
 @each_size
 def test_gradcheck(member: Member, size: tuple[int, int] | None) -> None:
     inputs = inputs_of(member, (2, 3, 3, 4))
@@ -235,7 +265,7 @@ def test_gradcheck(member: Member, size: tuple[int, int] | None) -> None:
 
 
 @batched
-@each_member
+@each_loss
 @each_size
 def test_gradgradcheck(member: Member, size: tuple[int, int] | None) -> None:
     inputs = inputs_of(member, (2, 3, 2, 3))
@@ -253,7 +283,7 @@ def test_second_derivatives_are_those_of_the_formula(
     q: float, size: tuple[int, int] | None
 ) -> None:
     z = random_logits((2, 3, 2, 3))
-    formula = MEMBERS[0].formula.__class__(q=q)
+    formula = LOSSES[0].formula.__class__(q=q)
     member = Member("", None, None, formula)
     ours = functools.partial(functional.tsallis_entropy, q=q, size=size)
     theirs = lambda z: oracle(member, (z,), size=size)  # noqa: E731
@@ -268,7 +298,7 @@ def test_second_derivatives_are_those_of_the_formula(
 
 
 @forward_mode
-@each_member
+@each_loss
 @each_size
 def test_transformed_gradients_are_those_of_backward(
     member: Member, size: tuple[int, int] | None, calls: Calls
@@ -285,7 +315,7 @@ def test_transformed_gradients_are_those_of_backward(
         calls.clear()
 
 
-@each_member
+@each_loss
 @each_size
 @pytest.mark.parametrize("in_dim", [0, 1, -1])
 def test_mapping_over_a_dimension_is_a_loop_over_it(
@@ -390,12 +420,13 @@ def test_the_operators_are_registered_as_they_behave(
             torch.library.opcheck(OPERATORS.classify.default, (*tensors, *how, threshold, 1))
         y, _ = OPERATORS.classify(z, None, None, None, *how, None, -1)
         weights = torch.rand(2, 2 if binary else 3)
-        for q in (None, 2.0):
-            for with_slope in (False, True):
-                arguments = (z, weights, y, valid, q, 0.0, *how, with_slope)
+        for potential in (CrossEntropy(), Tsallis(2)):
+            for needs_grad in (False, True):
+                options = (*how, *numbers_of(potential), needs_grad)
+                arguments = (z, weights, y, valid, *options)
                 torch.library.opcheck(OPERATORS.weighted_sum.default, arguments)
     slope = z.to(plain.accumulation_dtype(dtype))
-    torch.library.opcheck(OPERATORS.scale.default, (slope, torch.rand(2), z))
+    torch.library.opcheck(OPERATORS.scale_grad.default, (slope, torch.rand(2), z))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -404,7 +435,7 @@ def test_a_scaled_slope_is_rounded_once(dtype: torch.dtype, layout: str) -> None
     slope = lay_out(random_logits((3, 4, 5, 6)).float(), layout)
     factors = torch.tensor([1e-7, -1, 3e4])
     expected = (slope * factors.view(-1, 1, 1, 1)).to(dtype)
-    assert torch.equal(OPERATORS.scale(slope, factors, slope.to(dtype)), expected)
+    assert torch.equal(OPERATORS.scale_grad(slope, factors, slope.to(dtype)), expected)
 
 
 @pytest.mark.parametrize("classes", [127, 128])
@@ -600,7 +631,7 @@ def test_upsampled_losses_take_far_less_memory_than_their_logits(
     compiled: bool, calls: Calls
 ) -> None:
     torch._dynamo.reset()
-    member = member_named("iw_multi_level")
+    member = loss_named("iw_multi_level")
     size = (512, 1024)
     loss = loss_of(member, size)
     loss = torch.compile(loss, fullgraph=True) if compiled else loss
@@ -687,7 +718,7 @@ def test_logits_changed_between_the_passes_are_noticed() -> None:
 
 
 @forward_mode
-@each_member
+@each_loss
 @each_size
 def test_the_default_device_is_not_that_of_the_logits(
     member: Member, size: tuple[int, int] | None

@@ -28,12 +28,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from support import (
-    MEMBERS,
+    LOSSES,
     SMOOTH,
     Member,
     assert_close,
     inputs_of,
-    member_named,
+    loss_named,
     oracle,
     random_logits,
     random_valid,
@@ -45,10 +45,10 @@ from torch.utils.checkpoint import checkpoint
 from maxsquare import IWMaxSquareLoss, MaxSquareLoss, MultiLevelLoss
 from maxsquare.engine import cpu
 
-each_member = pytest.mark.parametrize("member", MEMBERS, ids=repr)
+each_loss = pytest.mark.parametrize("member", LOSSES, ids=repr)
 # Pixels without classes, weights of classes, a threshold, and two heads.
 NAMES = ("max_square", "iw_entropy", "pseudo_label", "iw_multi_level")
-KINDS = [member_named(name) for name in NAMES]
+KINDS = [loss_named(name) for name in NAMES]
 each_kind = pytest.mark.parametrize("member", KINDS, ids=repr)
 each_size = pytest.mark.parametrize("size", [None, (9, 11)], ids=["as is", "upsampled"])
 forks = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
@@ -205,7 +205,7 @@ def test_accumulated_sums_over_their_count_are_the_mean_of_the_whole() -> None:
         assert_close(one, other)
 
 
-@each_member
+@each_loss
 @each_size
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_value_is_the_same_and_nothing_is_kept(
@@ -325,7 +325,7 @@ def saved(loss: nn.Module) -> nn.Module:
     return restored
 
 
-@each_member
+@each_loss
 @pytest.mark.parametrize(
     "duplicate",
     [copy.copy, copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss)), saved],
@@ -692,7 +692,7 @@ def test_a_spawned_process_computes_the_same_bits(ranks: list[Results]) -> None:
 def test_several_processes_learn_from_the_mean_of_their_means(
     ranks: list[Results], wrapper: str
 ) -> None:
-    member, expected = member_named("max_square"), Network().double()
+    member, expected = loss_named("max_square"), Network().double()
     parts = zip(images(2 * RANKS).chunk(RANKS), masks(), strict=True)
     sum(oracle(member, (expected(x)[0],), valid=v) / RANKS for x, v in parts).backward()
     pooled = Network().double()
@@ -712,7 +712,7 @@ def test_a_sum_over_the_pixels_counted_in_all_processes_is_their_mean(
 ) -> None:
     pooled = Network().double()
     z = pooled(images(2 * RANKS))[0]
-    oracle(member_named("max_square"), (z,), valid=torch.cat(masks())).backward()
+    oracle(loss_named("max_square"), (z,), valid=torch.cat(masks())).backward()
     for results in ranks:
         for one, other in zip(results[f"{wrapper} sum_over_count"], gradients(pooled), strict=True):
             assert_close(one, other)
@@ -733,7 +733,7 @@ def test_image_wise_losses_of_as_many_images_each_are_those_of_the_whole_batch(
 # Memory
 
 
-@each_member
+@each_loss
 @each_size
 def test_a_graph_goes_with_its_last_reference(member: Member, size: tuple[int, int] | None) -> None:
     """Not with the next collection of garbage, until which its logits would fill the memory."""

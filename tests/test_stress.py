@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from support import (
     HALF,
     KINDS,
-    MEMBERS,
+    LOSSES,
     TOLERANCE,
     Batch,
     Member,
@@ -41,8 +41,8 @@ from support import (
     inputs_of,
     largest,
     log_probabilities,
+    loss_named,
     map_as_images,
-    member_named,
     options,
     oracle,
     random_labels,
@@ -57,7 +57,7 @@ from torch import Tensor
 
 import maxsquare
 from maxsquare import functional
-from maxsquare.engine import cpu, operators
+from maxsquare.engine import cpu, libraries, operators
 
 pytestmark = [
     pytest.mark.stress,
@@ -73,7 +73,7 @@ DECIDED = 1e-5
 # As the kernels do, where 0 times -inf would be NaN.
 LOWEST_LOGIT = -1e30
 
-each_member = pytest.mark.parametrize("member", MEMBERS, ids=repr)
+each_loss = pytest.mark.parametrize("member", LOSSES, ids=repr)
 Search = Callable[[Callable[[st.DataObject], None], float], None]
 
 
@@ -113,7 +113,13 @@ def kernels_of(path: str) -> ModuleType | bool | None:
     """The module of a path; False: it has none; None: they do not work here."""
     if path == "plain formula":
         return False
-    return triton_kernels() if path == "Triton kernels" else cpu if any(cpu.compilers()) else None
+    return (
+        triton_kernels()
+        if path == "Triton kernels"
+        else cpu
+        if any(libraries.compilers())
+        else None
+    )
 
 
 def interpreted(path: str) -> bool:
@@ -221,7 +227,7 @@ def draw_batch(data: st.DataObject, path: str, activation: str, **how: Any) -> B
     return Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in batch))
 
 
-@each_member
+@each_loss
 def test_every_path_equals_float64_autograd_of_the_formula(
     member: Member, path: str, search: Search
 ) -> None:
@@ -364,7 +370,7 @@ def not_a_number(dtype: torch.dtype, digits: int) -> Tensor:
     return (infinity + 1 + digits % (2**mantissa - 1)).view(dtype)
 
 
-@each_member
+@each_loss
 def test_a_pixel_that_is_not_a_number_shows_and_reaches_no_other_image(
     member: Member, path: str, search: Search
 ) -> None:
@@ -419,7 +425,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(integer), other.contiguous().view(integer))
 
 
-@each_member
+@each_loss
 def test_threads_repeats_and_places_in_a_batch_change_no_bit(
     member: Member,
     search: Search,
@@ -479,7 +485,7 @@ def test_threads_repeats_and_places_in_a_batch_change_no_bit(
 
 @pytest.mark.parametrize("size", [None, (251, 302)], ids=["as is", "upsampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@each_member
+@each_loss
 def test_every_number_of_threads_gives_the_same_bits_where_each_has_work(
     member: Member,
     dtype: torch.dtype,
@@ -594,7 +600,7 @@ def test_many_images_and_many_classes_are_as_many() -> None:
     for z in (many_images, many_classes):
         value, (gradient,) = value_and_gradient(maxsquare.EntropyLoss(), (z,))
         exact, (exact_gradient,) = value_and_gradient(
-            lambda *x: oracle(member_named("entropy"), x), (z.double(),)
+            lambda *x: oracle(loss_named("entropy"), x), (z.double(),)
         )
         assert_close(value, exact, torch.float32)
         # So many classes of a pixel add up one after the other, in float32.
@@ -640,7 +646,7 @@ def test_errors_in_low_precision_are_a_few_roundings(
     narrow = [torch.float32, *HALF]
     columns = [f"{str(dtype)[6:]}, {path}" for dtype in narrow for path in paths]
     table = [["loss", *columns], ["---"] * (1 + len(columns))]
-    for member in MEMBERS:
+    for member in LOSSES:
         row = [str(member)]
         for dtype in narrow:
             for path in paths:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from support import (
     IMAGE_WISE,
-    MEMBERS,
+    LOSSES,
     TWO_HEADS,
     Member,
     assert_close,
     inputs_of,
-    member_named,
+    loss_named,
     random_labels,
     random_logits,
     value_and_gradient,
@@ -23,12 +23,12 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from maxsquare import functional
 
-each_member = pytest.mark.parametrize("member", MEMBERS, ids=repr)
+each_loss = pytest.mark.parametrize("member", LOSSES, ids=repr)
 each_size = pytest.mark.parametrize("size", [None, (5, 3)], ids=["as is", "upsampled"])
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Fewer members where one example costs about a second: one of each way through the library.
 SLOW_MEMBERS = [
-    member_named(name)
+    loss_named(name)
     for name in ("max_square", "iw_entropy", "tsallis[1.5]", "pseudo_label", "iw_multi_level")
 ]
 each_slow_member = pytest.mark.parametrize("member", SLOW_MEMBERS, ids=repr)
@@ -41,7 +41,7 @@ VALID = torch.tensor([[[1, 0], [1, 1], [1, 1]], [[1, 1], [0, 0], [1, 1]]], dtype
 # --------------------------------------------------------------------------------------------
 
 
-@each_member
+@each_loss
 @pytest.mark.parametrize(
     ("size", "activation"), [(None, "softmax"), (None, "sigmoid"), ((5, 3), "softmax")]
 )
@@ -50,13 +50,13 @@ def test_gradcheck(member: Member, size: tuple[int, int] | None, activation: str
     assert gradcheck(partial(loss, size=size), inputs_of(member, (2, 3, 2, 2)))
 
 
-@each_member
+@each_loss
 @each_size
 def test_gradgradcheck(member: Member, size: tuple[int, int] | None) -> None:
     assert gradgradcheck(partial(member.make(), size=size), inputs_of(member, (1, 3, 2, 2)))
 
 
-@each_member
+@each_loss
 def test_gradcheck_of_masked_terms(member: Member) -> None:
     loss = partial(member.make(reduction="none"), valid=VALID[:1])
     inputs = inputs_of(member, (1, 3, 3, 2))
@@ -76,7 +76,7 @@ def test_gradcheck_of_cross_entropy(size: tuple[int, int] | None, align_corners:
 
 def test_hessian_of_a_loss_is_that_of_ordinary_torch_code() -> None:
     logits = random_logits((1, 4, 2))
-    ours = torch.autograd.functional.hessian(member_named("max_square").make(), logits)
+    ours = torch.autograd.functional.hessian(loss_named("max_square").make(), logits)
     plain = torch.autograd.functional.hessian(
         lambda z: -(z.softmax(1) ** 2).sum(1).mean() / 2, logits
     )
@@ -88,7 +88,7 @@ def test_hessian_of_a_loss_is_that_of_ordinary_torch_code() -> None:
 # --------------------------------------------------------------------------------------------
 
 
-@each_member
+@each_loss
 @each_size
 def test_func_grad_equals_autograd(member: Member, size: tuple[int, int] | None) -> None:
     loss = partial(member.make(), size=size)
@@ -98,7 +98,7 @@ def test_func_grad_equals_autograd(member: Member, size: tuple[int, int] | None)
         assert_close(gradient, expected)
 
 
-@each_member
+@each_loss
 @each_size
 def test_vmap_equals_a_loop(member: Member, size: tuple[int, int] | None) -> None:
     loss = partial(member.make(), size=size)
@@ -108,7 +108,7 @@ def test_vmap_equals_a_loop(member: Member, size: tuple[int, int] | None) -> Non
     assert_close(torch.func.vmap(loss)(*stacks), expected)
 
 
-@each_member
+@each_loss
 @each_size
 def test_vmap_of_grad_equals_a_loop(member: Member, size: tuple[int, int] | None) -> None:
     loss = partial(member.make(), size=size)
@@ -120,7 +120,7 @@ def test_vmap_of_grad_equals_a_loop(member: Member, size: tuple[int, int] | None
 
 # What vmap of PyTorch 2.6 says of its own loop.
 @pytest.mark.filterwarnings("ignore:.*batching rule for aten..count_nonzero:UserWarning")
-@each_member
+@each_loss
 def test_vmap_over_masks_equals_a_loop(member: Member) -> None:
     inputs = tuple(x.detach() for x in inputs_of(member, (2, 3, 3, 2)))
     valid = torch.stack([VALID, ~VALID, torch.zeros_like(VALID)])
@@ -173,7 +173,7 @@ def test_compile_takes_the_whole_graph(member: Member, size: tuple[int, int] | N
 
 def test_compile_takes_every_call_option_and_dynamic_shapes() -> None:
     torch._dynamo.reset()
-    loss = member_named("iw_max_square").make(reduction="none")
+    loss = loss_named("iw_max_square").make(reduction="none")
 
     def call(logits: Tensor, valid: Tensor, labels: Tensor) -> Tensor:
         return loss(logits, valid=valid, labels=labels)
@@ -231,7 +231,7 @@ def test_export_takes_batches_of_any_size(member: Member, size: tuple[int, int] 
 # --------------------------------------------------------------------------------------------
 
 
-@each_member
+@each_loss
 @each_size
 def test_autocast_does_not_lower_the_precision_of_the_loss(
     member: Member, size: tuple[int, int] | None
@@ -252,7 +252,7 @@ def test_a_network_trains_under_autocast() -> None:
     images = random_logits((2, 3, 5, 6)).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = network(images)
-        loss = member_named("iw_max_square").make()(logits, size=(9, 11))
+        loss = loss_named("iw_max_square").make()(logits, size=(9, 11))
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     loss.backward()
@@ -260,7 +260,7 @@ def test_a_network_trains_under_autocast() -> None:
     assert network.weight.grad.any()
 
 
-@each_member
+@each_loss
 @each_size
 def test_no_value_is_read_back_from_the_device(
     member: Member, size: tuple[int, int] | None
@@ -287,7 +287,7 @@ def test_cross_entropy_and_the_maps_read_no_value_back() -> None:
 
 
 @needs_cuda
-@each_member
+@each_loss
 @each_size
 def test_a_cuda_device_is_never_waited_for(member: Member, size: tuple[int, int] | None) -> None:
     inputs = tuple(x.detach() for x in inputs_of(member, dtype=torch.float32))
@@ -307,7 +307,7 @@ def test_a_cuda_device_is_never_waited_for(member: Member, size: tuple[int, int]
 
 
 @needs_cuda
-@each_member
+@each_loss
 @each_size
 def test_a_cuda_graph_captures_value_and_gradient(
     member: Member, size: tuple[int, int] | None

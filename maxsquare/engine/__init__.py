@@ -1,12 +1,14 @@
-"""How losses are computed: two operators, their kernels, and the plain formula behind them."""
+"""How losses are computed: three operators, their kernels, and the plain formula behind them."""
 
-from maxsquare.engine.operators import classify, weighted_sum
-from maxsquare.engine.plain import accumulation_dtype, number_of_classes, weighted_terms
+from maxsquare.engine.operators import class_sums, classify, prepare, weighted_sum
+from maxsquare.engine.plain import LogitsSpec, accumulation_dtype, weighted_terms
 
 __all__ = [
+    "LogitsSpec",
     "accumulation_dtype",
+    "class_sums",
     "classify",
-    "number_of_classes",
+    "prepare",
     "weighted_sum",
     "weighted_terms",
 ]

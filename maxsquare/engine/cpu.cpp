@@ -1,13 +1,14 @@
-// The two operators on CPUs, for logits of half and single precision, or (DOUBLE) of double.
+// The three operators on CPUs, for logits of half and single precision, or (DOUBLE) of double.
 //
 // A tile of neighbouring pixels with all its classes stays in the first cache. Upsampled logits
 // exist only there: the low-resolution rows above and below a tile are interpolated along the row
-// once, and mixed for each row of pixels between them. The slope returns the same way: it is added
-// up over those rows of pixels before it is spread over the low-resolution columns.
+// once, and mixed for each row of pixels between them. The gradient returns the same way: it is
+// summed over those rows of pixels before it is spread over the low-resolution columns.
 //
-// Work is cut into chunks that do not depend on the number of threads. Each chunk writes to places
-// of its own, and `finish` adds those in order, so that every number of threads gives the same bits.
-// A thread takes the next chunk from a counter: one that is interrupted delays nobody.
+// Work is cut into chunks that do not depend on the number of threads. Each chunk writes to its own
+// place, and the thread that completes the last chunk adds these partial results in order, so that
+// every number of threads gives the same bits. A thread takes the next chunk from a counter: one
+// that is interrupted delays no other.
 //
 // The letters are those of potentials.py: p = exp(z - m) / Z, t = p L(p).
 
@@ -19,50 +20,63 @@
 
 enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, UINT8, INT8, INT16, INT32, INT64 };
 // As in potentials.py.
-enum Kind { SQUARE, SHANNON, POWER, NEAR_ONE, LABEL };
+enum Kind { SQUARE, SHANNON, POWER, NEAR_ONE, CROSS_ENTROPY, LINEAR };
 
-// Pixel k of an axis lies at source position (k * scale + offset) / unit.
+// Pixel k of an axis lies at source position (k * scale + offset) / denominator.
 struct Axis {
-    int64_t scale, offset, unit, source, size;
+    int64_t scale, offset, denominator, source, size;
 };
 
-// Logits (N, C, *spatial). Strides in elements: of images, channels, three spatial dimensions.
-struct Head {
+// A tensor (N, C, *spatial). Strides in elements: of images, channels, three spatial dimensions.
+struct TensorView {
     void *data;
     int64_t stride[5];
-    Axis rows, columns;
+    Axis rows, columns;  // if it is upsampled
 };
 
+// What to compute. Pointers are NULL where there is no such tensor.
 struct Task {
-    Head z, guide, slope;  // data: NULL where there is none; an upsampled slope is contiguous
-    const void *labels;    // of any integer dtype
+    TensorView z, guide, grad;  // an upsampled gradient is contiguous
+    const void *labels;         // of any integer dtype
     const uint8_t *valid;
-    void *y;               // written by classify, read by weighted_sum
-    const void *weights;   // (N, C) or (N, 1)
-    double *partial_sums;  // of each chunk
-    int64_t *partial_counts;
-    void *partial_slopes;  // of each chunk: the row that it shares with the next
-    void *sums;            // (N,)
-    int64_t *counts;       // (N, C + 1); the last bin: no class
+    void *y;              // written by classify, read by weighted_sum
+    const void *weights;  // (N, C) or (N, 1)
+    void *result;         // weighted_sum: (N,); class_sums: (N, C); classify: (N, C + 1) counts
     int64_t images, classes, channels, length, shape[3];
     int64_t chunks, chunk_size;  // of an image; pixels, or rows of cells, of a chunk
-    int64_t next;  // chunk that nobody has taken
     int64_t ignore_index;
     double q, shift, constant, threshold;
     int32_t dtype, label_dtype, wide_index, kind, upsampled, flat, by_class, has_threshold;
-    int32_t held;  // whether any logit is below the lowest one
 };
+extern "C" const int64_t task_bytes = sizeof(Task);
+
+// What the threads share: zeros at first. The partial results of all chunks follow it in memory.
+struct Progress {
+    int64_t next, completed;  // chunks
+    int64_t has_clamped;      // whether any logit is below the lowest one
+};
+extern "C" const int64_t progress_bytes = sizeof(Progress);
 
 // Vectors ------------------------------------------------------------------------------------------
 
 #define INLINE static inline __attribute__((always_inline))
 #define OUTLINE __attribute__((noinline))
 
+// A vector fills a register. Of longer ones GCC compares and selects every lane by itself, which
+// takes most of the time.
+#if defined __AVX512F__
+#define VECTOR_BYTES 64
+#elif defined __AVX2__
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
 #ifdef DOUBLE
 typedef double real;
 typedef int64_t integer;
 typedef uint64_t word;
-static const int LANES = 8, MANTISSA = 52, BIAS = 1023, LOG_TERMS = 11, EXPM1_TERMS = 16;
+static const int MANTISSA = 52, BIAS = 1023, LOG_TERMS = 11, EXPM1_TERMS = 16;
 static const word ROOT_HALF = 0x3fe6a09e667f3bcd;
 static const real ROUND = 6755399441055744 + BIAS, TINY = 2.2250738585072014e-308;
 static const real LOG_TINY = -708.3964185322641;
@@ -72,15 +86,18 @@ static const real LOG_2 = 0.6931471805592082, LOG_2_REST = 7.371002565167799e-13
 typedef float real;
 typedef int32_t integer;
 typedef uint32_t word;
-static const int LANES = 16, MANTISSA = 23, BIAS = 127, LOG_TERMS = 5, EXPM1_TERMS = 9;
+static const int MANTISSA = 23, BIAS = 127, LOG_TERMS = 5, EXPM1_TERMS = 9;
 static const word ROOT_HALF = 0x3f3504f3;
 static const real ROUND = 12582912 + BIAS, TINY = 1.17549435e-38f, LOG_TINY = -87.336545f;
 static const real LOG_2 = 0.693359375f, LOG_2_REST = -0.00021219444f;
 #endif
 
-typedef real Reals __attribute__((vector_size(64)));
-typedef integer Integers __attribute__((vector_size(64)));
-typedef word Words __attribute__((vector_size(64)));  // whose overflow is defined
+typedef real Reals __attribute__((vector_size(VECTOR_BYTES)));
+typedef integer Integers __attribute__((vector_size(VECTOR_BYTES)));
+typedef word Words __attribute__((vector_size(VECTOR_BYTES)));  // whose overflow is defined
+static const int LANES = VECTOR_BYTES / sizeof(real);
+// Every processor adds up a tile in so many places, so that all get the same sums.
+static const int GROUP = 64 / sizeof(real);
 
 INLINE Reals load(const real *from) {
     Reals x;
@@ -206,48 +223,29 @@ static int64_t integer_at(int dtype, const void *data, int64_t k) {
 
 // Chunks -------------------------------------------------------------------------------------------
 
+// Pixels of a chunk of pixels.
 static int64_t begin_of(const Task &task, int64_t chunk) { return chunk * task.chunk_size; }
-// Of chunks of pixels.
 static int64_t end_of(const Task &task, int64_t chunk) {
     int64_t end = (chunk + 1) * task.chunk_size;
     return end < task.length ? end : task.length;
 }
 
-// Calls visit(image, chunk of it) for the chunks that no other thread has taken.
-template <class Visit> static void for_chunks(Task &task, Visit visit) {
+// Calls visit(image, chunk of it) for the chunks that no other thread has taken. Returns true to the
+// thread that completes the last chunk.
+template <class Visit> static bool for_chunks(const Task &task, Progress &progress, Visit visit) {
+    const int64_t total = task.images * task.chunks;
+    bool is_last = total == 0;
     for (;;) {
-        int64_t chunk = __atomic_fetch_add(&task.next, 1, __ATOMIC_RELAXED);
-        if (chunk >= task.images * task.chunks) return;
+        int64_t chunk = __atomic_fetch_add(&progress.next, 1, __ATOMIC_RELAXED);
+        if (chunk >= total) return is_last;
         visit(chunk / task.chunks, chunk % task.chunks);
+        is_last |= __atomic_add_fetch(&progress.completed, 1, __ATOMIC_ACQ_REL) == total;
     }
 }
 
-// Upsampling ---------------------------------------------------------------------------------------
+// Memory -------------------------------------------------------------------------------------------
 
-// Stands for -inf, a class that is masked out, where logits are interpolated: 0 times -inf is NaN.
-static const real LOWEST_LOGIT = (real)-1e30;
-
-static int64_t low_of(const Axis &axis, int64_t k) {
-    int64_t numerator = k * axis.scale + axis.offset;
-    int64_t low = numerator > 0 ? numerator / axis.unit : 0;
-    return low < axis.source - 1 ? low : axis.source - 1;
-}
-
-// How much of the next source row (column) pixel k has; the last one has none beside it.
-static real share_of(const Axis &axis, int64_t k, int64_t low) {
-    int64_t rest = k * axis.scale + axis.offset - low * axis.unit;
-    return rest > 0 && low < axis.source - 1 ? (real)((double)rest / (double)axis.unit) : 0;
-}
-
-// The first pixel at source position i or beyond.
-static int64_t first_of(const Axis &axis, int64_t i) {
-    if (i <= 0) return 0;
-    if (i >= axis.source) return axis.size;
-    int64_t first = (i * axis.unit - axis.offset + axis.scale - 1) / axis.scale;
-    return first < axis.size ? first : axis.size;
-}
-
-// The memory of a thread, from which arrays are taken one after the other.
+// The scratch memory of a thread, from which arrays are taken one after the other.
 struct Scratch {
     char *memory, *next;
     explicit Scratch(int64_t bytes) : memory((char *)malloc(bytes)), next(memory) {}
@@ -259,99 +257,11 @@ struct Scratch {
     }
 };
 
-// An upsampled head as a tile of pixels sees it.
-struct Upsampling {
-    Task &task;
-    const Head &head;
-    const int tile;
-    int64_t cell_row = -1;
-    int32_t *low;        // of all columns of the result
-    real *share;         // likewise
-    real *source;        // a source row
-    real *top, *bottom;  // (channels, tile): the source rows around, interpolated along the row
-
-    static int64_t bytes(const Task &task, const Head &head, int tile) {
-        int64_t reals = head.columns.size + head.columns.source + 1 + 2 * task.channels * tile;
-        return 5 * 64 + head.columns.size * sizeof(int32_t) + reals * sizeof(real);
-    }
-
-    Upsampling(Task &task, const Head &head, int tile, Scratch &scratch)
-        : task(task), head(head), tile(tile) {
-        low = scratch.take<int32_t>(head.columns.size);
-        share = scratch.take<real>(head.columns.size);
-        source = scratch.take<real>(head.columns.source + 1);
-        top = scratch.take<real>(task.channels * tile);
-        bottom = scratch.take<real>(task.channels * tile);
-        for (int64_t k = 0; k < head.columns.size; k++) {
-            low[k] = (int32_t)low_of(head.columns, k);
-            share[k] = share_of(head.columns, k, low[k]);
-        }
-    }
-
-    // Logits of `count` pixels of a row into x (classes, tile); the share of the lower source row.
-    OUTLINE real read(int64_t n, int64_t row, int64_t column, int count, real *x) {
-        int64_t i = low_of(head.rows, row);
-        if (i == cell_row + 1 && cell_row >= 0) {
-            real *spare = top;
-            top = bottom;
-            bottom = spare;
-        } else if (i != cell_row) {
-            read_source(n, i, column, count, top);
-        }
-        if (i != cell_row) read_source(n, i + 1 < head.rows.source ? i + 1 : i, column, count, bottom);
-        cell_row = i;
-        real down = share_of(head.rows, row, i);
-        for (int64_t k = 0; k < task.channels * tile; k++) x[k] = (1 - down) * top[k] + down * bottom[k];
-        return down;
-    }
-
-    // Source row i, interpolated to `count` columns of the result.
-    OUTLINE void read_source(int64_t n, int64_t i, int64_t column, int count, real *out) {
-        int64_t begin = low[column], end = low[column + count - 1] + 2;
-        end = end < head.columns.source ? end : head.columns.source;
-        with_type(task.dtype, head.data, [&](auto *data) {
-            for (int64_t c = 0; c < task.channels; c++, out += tile) {
-                auto *row = data + n * head.stride[0] + c * head.stride[1] + i * head.stride[3];
-                int32_t held = 0;
-                for (int64_t j = begin; j < end; j++) {
-                    real z = row[j * head.stride[4]];
-                    held |= z < LOWEST_LOGIT;
-                    source[j] = z < LOWEST_LOGIT ? LOWEST_LOGIT : z;
-                }
-                if (held) __atomic_store_n(&task.held, 1, __ATOMIC_RELAXED);
-                source[end] = source[end - 1];
-                for (int k = 0; k < count; k++) {
-                    const real *left = source + low[column + k], right = share[column + k];
-                    out[k] = (1 - right) * left[0] + right * left[1];
-                }
-                for (int k = count; k < tile; k++) out[k] = 0;
-            }
-        });
-    }
-
-    // Adds the slopes of a tile's pixels to a source row, (channels, columns) with this stride.
-    OUTLINE void add(const real *slopes, int64_t column, int count, real *row, int64_t stride) {
-        for (int64_t c = 0; c < task.channels; c++, slopes += tile, row += stride)
-            for (int k = 0; k < count;) {
-                int32_t j = low[column + k];
-                real left = 0, right = 0;
-                for (; k < count && low[column + k] == j; k++) {
-                    left += slopes[k] * (1 - share[column + k]);
-                    right += slopes[k] * share[column + k];
-                }
-                row[j] += left;
-                if (j + 1 < head.columns.source) row[j + 1] += right;
-            }
-    }
-};
-
-// Full resolution ----------------------------------------------------------------------------------
-
 // Calls visit(x[c * tile + k], element) for the pixels of a tile, in the order of their memory.
 template <class T, class Visit>
-INLINE void visit_tile(const Task &task, const Head &head, T *data, int64_t n, int64_t pixel,
+INLINE void visit_tile(const Task &task, const TensorView &view, T *data, int64_t n, int64_t pixel,
                        int count, int tile, real *x, Visit visit) {
-    const int64_t *shape = task.shape, *stride = head.stride;
+    const int64_t *shape = task.shape, *stride = view.stride;
     data += n * stride[0];
     if (task.flat && stride[4] == 1) {
         for (int64_t c = 0; c < task.channels; c++)
@@ -367,31 +277,169 @@ INLINE void visit_tile(const Task &task, const Head &head, T *data, int64_t n, i
     }
 }
 
-OUTLINE static void read_pixels(const Task &task, const Head &head, int64_t n, int64_t pixel, int count,
+OUTLINE static void read_pixels(const Task &task, const TensorView &view, int64_t n, int64_t pixel, int count,
                         int tile, real *x) {
-    with_type(task.dtype, head.data, [&](auto *data) {
-        visit_tile(task, head, data, n, pixel, count, tile, x, [](real &x, auto &z) { x = z; });
+    with_type(task.dtype, view.data, [&](auto *data) {
+        visit_tile(task, view, data, n, pixel, count, tile, x, [](real &x, auto &z) { x = z; });
     });
     if (count < tile)
         for (int64_t c = 0; c < task.channels; c++)
             memset(x + c * tile + count, 0, (tile - count) * sizeof(real));
 }
 
-OUTLINE static void write_pixels(const Task &task, int64_t n, int64_t pixel, int count, int tile, real *x) {
-    with_type(task.dtype, task.slope.data, [&](auto *data) {
-        visit_tile(task, task.slope, data, n, pixel, count, tile, x,
-                   [](real &x, auto &slope) { assign(slope, x); });
+OUTLINE static void write_grads(const Task &task, int64_t n, int64_t pixel, int count, int tile, real *x) {
+    with_type(task.dtype, task.grad.data, [&](auto *data) {
+        visit_tile(task, task.grad, data, n, pixel, count, tile, x,
+                   [](real &x, auto &grad) { assign(grad, x); });
     });
+}
+
+// Upsampling ---------------------------------------------------------------------------------------
+
+// Stands for -inf, a class that is masked out, where logits are interpolated: 0 times -inf is NaN.
+static const real LOWEST_LOGIT = (real)-1e30;
+
+// The source row (column) at or before pixel k.
+static int64_t source_index(const Axis &axis, int64_t k) {
+    int64_t numerator = k * axis.scale + axis.offset;
+    int64_t index = numerator > 0 ? numerator / axis.denominator : 0;
+    return index < axis.source - 1 ? index : axis.source - 1;
+}
+
+// The weight of the source row (column) after that one; the last one has none after it.
+static real lerp_weight(const Axis &axis, int64_t k, int64_t index) {
+    int64_t rest = k * axis.scale + axis.offset - index * axis.denominator;
+    return rest > 0 && index < axis.source - 1 ? (real)((double)rest / (double)axis.denominator) : 0;
+}
+
+// The first pixel at source position i or beyond.
+static int64_t first_pixel(const Axis &axis, int64_t i) {
+    if (i <= 0) return 0;
+    if (i >= axis.source) return axis.size;
+    int64_t first = (i * axis.denominator - axis.offset + axis.scale - 1) / axis.scale;
+    return first < axis.size ? first : axis.size;
+}
+
+// Reads tiles of logits (channels, tile), and upsamples them if the task says so.
+struct Reader {
+    const Task &task;
+    Progress &progress;
+    const TensorView &view;
+    const int tile;
+    int64_t image = -1, tile_column = -1, source_row = -1;  // of `top`
+    int32_t *index;      // source index of all columns of the result
+    real *weight;        // likewise, lerp weight
+    real *source;        // a source row
+    real *top, *bottom;  // (channels, tile): the source rows around, interpolated along the row
+
+    static int64_t bytes(const Task &task, const TensorView &view, int tile) {
+        if (!task.upsampled) return 0;
+        int64_t reals = view.columns.size + view.columns.source + 1 + 2 * task.channels * tile;
+        return 5 * 64 + view.columns.size * sizeof(int32_t) + reals * sizeof(real);
+    }
+
+    Reader(const Task &task, Progress &progress, const TensorView &view, int tile, Scratch &scratch)
+        : task(task), progress(progress), view(view), tile(tile) {
+        if (!scratch.memory || !task.upsampled) return;
+        index = scratch.take<int32_t>(view.columns.size);
+        weight = scratch.take<real>(view.columns.size);
+        source = scratch.take<real>(view.columns.source + 1);
+        top = scratch.take<real>(task.channels * tile);
+        bottom = scratch.take<real>(task.channels * tile);
+        for (int64_t k = 0; k < view.columns.size; k++) {
+            index[k] = (int32_t)source_index(view.columns, k);
+            weight[k] = lerp_weight(view.columns, k, index[k]);
+        }
+    }
+
+    // Reads `count` pixels of image n; without upsampling an image is one row. Returns the lerp
+    // weight of the lower source row.
+    real read(int64_t n, int64_t row, int64_t column, int count, real *x) {
+        if (task.upsampled) return read_upsampled(n, row, column, count, x);
+        read_pixels(task, view, n, column, count, tile, x);
+        return 0;
+    }
+
+    OUTLINE real read_upsampled(int64_t n, int64_t row, int64_t column, int count, real *x) {
+        int64_t i = source_index(view.rows, row);
+        if (n != image || column != tile_column) source_row = -1;
+        if (i == source_row + 1 && source_row >= 0) {
+            real *above = top;
+            top = bottom;
+            bottom = above;
+        } else if (i != source_row) {
+            read_source(n, i, column, count, top);
+        }
+        if (i != source_row) read_source(n, i + 1 < view.rows.source ? i + 1 : i, column, count, bottom);
+        image = n, tile_column = column, source_row = i;
+        real down = lerp_weight(view.rows, row, i);
+        for (int64_t k = 0; k < task.channels * tile; k++) x[k] = (1 - down) * top[k] + down * bottom[k];
+        return down;
+    }
+
+    // Source row i, interpolated to `count` columns of the result.
+    OUTLINE void read_source(int64_t n, int64_t i, int64_t column, int count, real *out) {
+        int64_t begin = index[column], end = index[column + count - 1] + 2;
+        end = end < view.columns.source ? end : view.columns.source;
+        with_type(task.dtype, view.data, [&](auto *data) {
+            for (int64_t c = 0; c < task.channels; c++, out += tile) {
+                auto *row = data + n * view.stride[0] + c * view.stride[1] + i * view.stride[3];
+                int32_t has_clamped = 0;
+                for (int64_t j = begin; j < end; j++) {
+                    real z = row[j * view.stride[4]];
+                    has_clamped |= z < LOWEST_LOGIT;
+                    source[j] = z < LOWEST_LOGIT ? LOWEST_LOGIT : z;
+                }
+                if (has_clamped) __atomic_store_n(&progress.has_clamped, 1, __ATOMIC_RELAXED);
+                source[end] = source[end - 1];
+                for (int k = 0; k < count; k++) {
+                    const real *left = source + index[column + k], right = weight[column + k];
+                    out[k] = (1 - right) * left[0] + right * left[1];
+                }
+                for (int k = count; k < tile; k++) out[k] = 0;
+            }
+        });
+    }
+
+    // Adds the gradients of a tile's pixels to a source row, (channels, columns) with this stride.
+    OUTLINE void add_grads(const real *grads, int64_t column, int count, real *row, int64_t stride) {
+        for (int64_t c = 0; c < task.channels; c++, grads += tile, row += stride)
+            for (int k = 0; k < count;) {
+                int32_t j = index[column + k];
+                real left = 0, right = 0;
+                for (; k < count && index[column + k] == j; k++) {
+                    left += grads[k] * (1 - weight[column + k]);
+                    right += grads[k] * weight[column + k];
+                }
+                row[j] += left;
+                if (j + 1 < view.columns.source) row[j + 1] += right;
+            }
+    }
+};
+
+// Calls visit(row, column, count, pixel) for the tiles of a chunk; see Reader::read.
+template <class Visit> INLINE void for_tiles(const Task &task, int64_t chunk, int tile, Visit visit) {
+    const Axis &rows = task.z.rows, &columns = task.z.columns;
+    const bool is_up = task.upsampled;
+    const int64_t first = is_up ? first_pixel(rows, chunk * task.chunk_size) : 0;
+    const int64_t last = is_up ? first_pixel(rows, (chunk + 1) * task.chunk_size) : 1;
+    const int64_t end = is_up ? columns.size : end_of(task, chunk);
+    for (int64_t column = is_up ? 0 : begin_of(task, chunk); column < end; column += tile)
+        for (int64_t row = first; row < last; row++) {
+            int count = end - column < tile ? (int)(end - column) : tile;
+            visit(row, column, count, row * columns.size + column);
+        }
 }
 
 // Potentials ---------------------------------------------------------------------------------------
 
-// Weighted potentials of a vector of pixels with logits at x, a class every `tile`; if SLOPED,
-// their slopes take the place of the logits. e: scratch of the same form.
-template <int KIND, bool SLOPED>
-INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, Reals w, Integers y) {
+// Weighted potentials of a vector of pixels with logits at x, a class every `tile`; if NEEDS_GRAD,
+// their gradients replace the logits. e: scratch of the same form. G: coefficients of LINEAR.
+template <int KIND, bool NEEDS_GRAD>
+INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, Reals w, Integers y,
+                                 const real *G) {
     const int64_t end = task.classes * tile;
-    // Of q itself single precision may have lost all that tells it from 1.
+    // In single precision q itself may have lost all digits that tell it from 1.
     const real q = (real)task.q, excess = (real)(task.q - 1), factor = 1 / excess;
     const real shift = (real)task.shift;
     Reals m = load(x), Z = Reals{}, total = Reals{};
@@ -400,18 +448,21 @@ INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, R
         m = z > m ? z : m;
     }
     Integers index = Integers{};
+    const real *g = G;
     for (int64_t c = 0; c < end; c += tile, index += 1) {
         Reals log_e = load(x + c) - m, exp_z = exponential(log_e);
         Z += exp_z;
         if (KIND == SQUARE) total += exp_z * exp_z;
         if (KIND == SHANNON) total += exp_z * at_least(log_e, LOG_TINY);
-        if (KIND == LABEL) total += index == y ? log_e : Reals{};
-        if (KIND >= POWER || SLOPED) store(e + c, exp_z);
+        if (KIND == CROSS_ENTROPY) total += index == y ? log_e : Reals{};
+        if (KIND == LINEAR) total += exp_z * *g++;
+        if (KIND == POWER || KIND == NEAR_ONE || NEEDS_GRAD) store(e + c, exp_z);
     }
-    Reals scale = (real)1 / Z, log_Z = KIND == SQUARE ? Z : logarithm(Z);
+    Reals scale = (real)1 / Z, log_Z = KIND == SQUARE || KIND == LINEAR ? Z : logarithm(Z);
     if (KIND == SQUARE) total *= scale * scale;
     if (KIND == SHANNON) total = total * scale - log_Z;
-    if (KIND == LABEL) total -= log_Z;
+    if (KIND == CROSS_ENTROPY) total -= log_Z;
+    if (KIND == LINEAR) total *= scale;
     if (KIND == POWER || KIND == NEAR_ONE)
         for (int64_t c = 0; c < end; c += tile) {
             Reals p = load(e + c) * scale, log_p = load(x + c) - m - log_Z, t;
@@ -424,143 +475,60 @@ INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, R
             total += t;
             store(x + c, t);
         }
-    if (SLOPED) {
-        index = Integers{};
+    if (NEEDS_GRAD) {
+        index = Integers{}, g = G;
         for (int64_t c = 0; c < end; c += tile, index += 1) {
-            Reals p = load(e + c) * scale, slope;
-            if (KIND == SQUARE) slope = p * (total - p) * (real)2;
-            if (KIND == SHANNON) slope = p * (total + log_Z - at_least(load(x + c) - m, LOG_TINY));
-            if (KIND == POWER || KIND == NEAR_ONE) slope = q * (p * total - load(x + c));
-            if (KIND == LABEL) slope = index == y ? p - (real)1 : p;
-            store(x + c, w * slope);
+            Reals p = load(e + c) * scale, grad;
+            if (KIND == SQUARE) grad = p * (total - p) * (real)2;
+            if (KIND == SHANNON) grad = p * (total + log_Z - at_least(load(x + c) - m, LOG_TINY));
+            if (KIND == POWER || KIND == NEAR_ONE) grad = q * (p * total - load(x + c));
+            if (KIND == CROSS_ENTROPY) grad = index == y ? p - (real)1 : p;
+            if (KIND == LINEAR) grad = p * (*g++ - total);
+            // A coefficient may be NaN.
+            if (KIND == LINEAR) grad = w == 0 ? Reals{} : grad;
+            store(x + c, KIND == LINEAR ? grad : w * grad);
         }
     }
-    return KIND == LABEL ? -w * total : w * ((real)task.constant - total);
+    if (KIND == LINEAR) return w == 0 ? Reals{} : total;
+    return KIND == CROSS_ENTROPY ? -w * total : w * ((real)task.constant - total);
 }
 
 static int tile_of(const Task &task) {
-    // What a tile holds in up to six arrays stays in the first cache, or not far beyond.
-    return task.classes <= 8 ? 16 * LANES : task.classes <= 40 ? 4 * LANES : task.classes <= 80 ? 2 * LANES : LANES;
+    // The up to six arrays of a tile stay in the first cache, or not far beyond.
+    return GROUP * (task.classes <= 8 ? 16 : task.classes <= 40 ? 4 : task.classes <= 80 ? 2 : 1);
 }
 
-template <int KIND, bool SLOPED> struct WeightedSum {
-    Task &task;
+// Weights and classes of a tile's pixels.
+struct PixelWeights {
+    const Task &task;
     const int tile;
-    Scratch scratch;
-    real *x, *e, *w, *by_index;
-    real *upper, *lower;  // slopes of the source rows around
+    real *w, *by_index;
     integer *y;
 
-    explicit WeightedSum(Task &task)
-        : task(task), tile(tile_of(task)),
-          scratch(8 * 64 + ((4 * task.classes + 2) * tile + task.classes + 2) * (int64_t)sizeof(real) +
-                  (task.upsampled ? Upsampling::bytes(task, task.z, tile) : 0)) {
+    static int64_t bytes(const Task &task, int tile) {
+        return 3 * 64 + (2 * tile + task.classes + 2) * (int64_t)sizeof(real);
+    }
+
+    PixelWeights(const Task &task, int tile, Scratch &scratch) : task(task), tile(tile) {
         if (!scratch.memory) return;
-        x = scratch.take<real>(task.classes * tile);
-        e = scratch.take<real>(task.classes * tile);
-        upper = scratch.take<real>(task.classes * tile);
-        lower = scratch.take<real>(task.classes * tile);
         w = scratch.take<real>(tile);
         y = scratch.take<integer>(tile);
         by_index = scratch.take<real>(task.classes + 2);
     }
 
-    bool run() {
-        if (!scratch.memory) return false;
-        if (!task.upsampled) {
-            for_chunks(task, [&](int64_t n, int64_t chunk) {
-                task.partial_sums[n * task.chunks + chunk] = pixels(n, chunk);
-            });
-            return true;
-        }
-        Upsampling z(task, task.z, tile, scratch);
-        for_chunks(task, [&](int64_t n, int64_t chunk) {
-            task.partial_sums[n * task.chunks + chunk] = cells(n, chunk, z);
-        });
-        return true;
-    }
-
-    double pixels(int64_t n, int64_t chunk) {
-        double sum = 0;
-        start_image(n);
-        for (int64_t pixel = begin_of(task, chunk); pixel < end_of(task, chunk); pixel += tile) {
-            int64_t left = end_of(task, chunk) - pixel;
-            int count = left < tile ? (int)left : tile;
-            read_pixels(task, task.z, n, pixel, count, tile, x);
-            sum += tile_sum(n, pixel, count);
-            if (SLOPED) write_pixels(task, n, pixel, count, tile, x);
-        }
-        return sum;
-    }
-
-    double cells(int64_t n, int64_t chunk, Upsampling &z) {
-        const Axis &rows = task.z.rows, &columns = task.z.columns;
-        const int64_t begin = chunk * task.chunk_size, end = begin + task.chunk_size;
-        const int64_t plane = rows.source * columns.source, values = task.channels * tile;
-        real *slope = (real *)task.slope.data + n * task.channels * plane, *shared = NULL;
-        if (SLOPED) {
-            shared = (real *)task.partial_slopes +
-                     (n * task.chunks + chunk) * task.channels * columns.source;
-            memset(shared, 0, task.channels * columns.source * sizeof(real));
-            for (int64_t c = 0; c < task.channels; c++)
-                for (int64_t i = begin; i < end && i < rows.source; i++)
-                    memset(slope + c * plane + i * columns.source, 0, columns.source * sizeof(real));
-        }
-        double sum = 0;
-        start_image(n);
-        for (int64_t column = 0; column < columns.size; column += tile) {
-            int count = columns.size - column < tile ? (int)(columns.size - column) : tile;
-            z.cell_row = -1;
-            for (int64_t i = begin; i < end && i < rows.source; i++) {
-                int64_t row = first_of(rows, i), last = first_of(rows, i + 1);
-                if (row == last) continue;
-                if (SLOPED) memset(upper, 0, values * sizeof(real));
-                if (SLOPED) memset(lower, 0, values * sizeof(real));
-                for (; row < last; row++) {
-                    real down = z.read(n, row, column, count, x), up = 1 - down;
-                    sum += tile_sum(n, row * columns.size + column, count);
-                    if (SLOPED)
-                        for (int64_t k = 0; k < values; k++) {
-                            upper[k] += up * x[k];
-                            lower[k] += down * x[k];
-                        }
-                }
-                if (!SLOPED) continue;
-                z.add(upper, column, count, slope + i * columns.source, plane);
-                // The last source row has none below it.
-                if (i + 1 == rows.source) continue;
-                if (i + 1 == end)
-                    z.add(lower, column, count, shared, columns.source);
-                else
-                    z.add(lower, column, count, slope + (i + 1) * columns.source, plane);
-            }
-        }
-        return sum;
-    }
-
-    // Sum over a tile whose logits are at x; their slopes take their place.
-    double tile_sum(int64_t n, int64_t pixel, int count) {
-        if (task.classes > task.channels) memset(x + tile, 0, tile * sizeof(real));
-        prepare(n, pixel, count);
-        Reals sum = Reals{};
-        for (int k = 0; k < count; k += LANES)
-            sum += weighted_potentials<KIND, SLOPED>(task, x + k, e + k, tile, load(w + k), load(y + k));
-        double total = 0;
-        for (int lane = 0; lane < LANES; lane++) total += (double)sum[lane];
-        return total;
-    }
-
-    // Weights of image n by index: 0 for -1, NaN for what is no class.
+    // Weights of image n by index: 0 for -1, NaN for what is no class. All pixels weigh 1 in
+    // class_sums, which has no weights, and with LINEAR, whose weights are coefficients of classes.
     void start_image(int64_t n) {
+        const bool all_1 = !task.weights || task.kind == LINEAR;
         const real *weights = (const real *)task.weights + n * (task.by_class ? task.classes : 1);
         by_index[0] = 0;
-        for (int64_t c = 0; c < task.classes; c++) by_index[c + 1] = weights[task.by_class ? c : 0];
+        for (int64_t c = 0; c < task.classes; c++)
+            by_index[c + 1] = all_1 ? 1 : weights[task.by_class ? c : 0];
         by_index[task.classes + 1] = (real)__builtin_nan("");
     }
 
-    // Weights and indices of a tile's pixels. One that does not count gets logits of 0 whatever
-    // they were.
-    OUTLINE void prepare(int64_t n, int64_t pixel, int count) {
+    // The logits x of a pixel that does not count become 0, whatever they were.
+    OUTLINE void read(int64_t n, int64_t pixel, int count, real *x) {
         const int64_t at = n * task.length + pixel;
         if (!task.y && !task.valid) {
             for (int k = 0; k < tile; k++) w[k] = k < count ? by_index[1] : 0;
@@ -586,7 +554,138 @@ template <int KIND, bool SLOPED> struct WeightedSum {
     }
 };
 
-// Classes ------------------------------------------------------------------------------------------
+template <int KIND, bool NEEDS_GRAD> struct WeightedSum {
+    const Task &task;
+    Progress &progress;
+    const int tile;
+    double *const partial_sums;
+    real *const partial_grads;  // of each chunk: the source row that it shares with the next
+    Scratch scratch;
+    Reader z;
+    PixelWeights weights;
+    real *x, *e;
+    real *upper, *lower;  // gradients of the source rows around
+
+    WeightedSum(const Task &task, Progress &progress)
+        : task(task), progress(progress), tile(tile_of(task)), partial_sums((double *)(&progress + 1)),
+          partial_grads((real *)(partial_sums + task.images * task.chunks)),
+          scratch(4 * 64 + 4 * task.classes * tile * (int64_t)sizeof(real) +
+                  Reader::bytes(task, task.z, tile) + PixelWeights::bytes(task, tile)),
+          z(task, progress, task.z, tile, scratch), weights(task, tile, scratch) {
+        if (!scratch.memory) return;
+        x = scratch.take<real>(task.classes * tile);
+        e = scratch.take<real>(task.classes * tile);
+        upper = scratch.take<real>(task.classes * tile);
+        lower = scratch.take<real>(task.classes * tile);
+    }
+
+    bool run() {
+        if (!scratch.memory) return false;
+        const bool has_cells = NEEDS_GRAD && task.upsampled;
+        if (for_chunks(task, progress, [&](int64_t n, int64_t chunk) {
+                weights.start_image(n);
+                partial_sums[n * task.chunks + chunk] = has_cells ? cells(n, chunk) : tiles(n, chunk);
+            }))
+            finish();
+        return true;
+    }
+
+    double tiles(int64_t n, int64_t chunk) {
+        double sum = 0;
+        for_tiles(task, chunk, tile, [&](int64_t row, int64_t column, int count, int64_t pixel) {
+            z.read(n, row, column, count, x);
+            sum += tile_sum(n, pixel, count);
+            if (NEEDS_GRAD) write_grads(task, n, pixel, count, tile, x);
+        });
+        return sum;
+    }
+
+    double cells(int64_t n, int64_t chunk) {
+        const Axis &rows = task.z.rows, &columns = task.z.columns;
+        const int64_t begin = chunk * task.chunk_size, end = begin + task.chunk_size;
+        const int64_t plane = rows.source * columns.source, values = task.channels * tile;
+        real *grad = (real *)task.grad.data + n * task.channels * plane;
+        real *shared = partial_grads + (n * task.chunks + chunk) * task.channels * columns.source;
+        for (int64_t c = 0; c < task.channels; c++)
+            for (int64_t i = begin; i < end && i < rows.source; i++)
+                memset(grad + c * plane + i * columns.source, 0, columns.source * sizeof(real));
+        double sum = 0;
+        for (int64_t column = 0; column < columns.size; column += tile) {
+            int count = columns.size - column < tile ? (int)(columns.size - column) : tile;
+            for (int64_t i = begin; i < end && i < rows.source; i++) {
+                int64_t row = first_pixel(rows, i), last = first_pixel(rows, i + 1);
+                if (row == last) continue;
+                memset(upper, 0, values * sizeof(real));
+                memset(lower, 0, values * sizeof(real));
+                for (; row < last; row++) {
+                    real down = z.read(n, row, column, count, x), up = 1 - down;
+                    sum += tile_sum(n, row * columns.size + column, count);
+                    for (int64_t k = 0; k < values; k++) {
+                        upper[k] += up * x[k];
+                        lower[k] += down * x[k];
+                    }
+                }
+                z.add_grads(upper, column, count, grad + i * columns.source, plane);
+                // The last source row has none below it.
+                if (i + 1 == rows.source) continue;
+                if (i + 1 == end)
+                    z.add_grads(lower, column, count, shared, columns.source);
+                else
+                    z.add_grads(lower, column, count, grad + (i + 1) * columns.source, plane);
+            }
+        }
+        return sum;
+    }
+
+    // Sum over a tile with logits x; gradients replace them.
+    double tile_sum(int64_t n, int64_t pixel, int count) {
+        const real *G = (const real *)task.weights + n * task.classes;
+        if (task.classes > task.channels) memset(x + tile, 0, tile * sizeof(real));
+        weights.read(n, pixel, count, x);
+        Reals sums[GROUP / LANES] = {};
+        for (int begin = 0; begin < count; begin += GROUP)
+            for (int i = 0, k = begin; i < GROUP / LANES; i++, k += LANES)
+                sums[i] += weighted_potentials<KIND, NEEDS_GRAD>(
+                    task, x + k, e + k, tile, load(weights.w + k), load(weights.y + k), G);
+        double total = 0;
+        for (Reals sum : sums)
+            for (int lane = 0; lane < LANES; lane++) total += (double)sum[lane];
+        return total;
+    }
+
+    void finish() {
+        for (int64_t n = 0; n < task.images; n++) {
+            double sum = 0;
+            for (int64_t chunk = 0; chunk < task.chunks; chunk++)
+                sum += partial_sums[n * task.chunks + chunk];
+            ((real *)task.result)[n] = (real)sum;
+            if (NEEDS_GRAD && task.upsampled) finish_grads(n);
+        }
+    }
+
+    void finish_grads(int64_t n) {
+        const int64_t rows = task.z.rows.source, columns = task.z.columns.source;
+        real *grad = (real *)task.grad.data + n * task.channels * rows * columns;
+        const real *shared = partial_grads + n * task.chunks * task.channels * columns;
+        for (int64_t chunk = 0; chunk < task.chunks; chunk++)
+            for (int64_t c = 0, row = (chunk + 1) * task.chunk_size; c < task.channels; c++)
+                for (int64_t j = 0; j < columns; j++, shared++)
+                    if (row < rows) grad[(c * rows + row) * columns + j] += *shared;
+        if (!progress.has_clamped) return;
+        // The gradient by a clamped logit is 0.
+        with_type(task.dtype, task.z.data, [&](auto *data) {
+            const int64_t *stride = task.z.stride;
+            for (int64_t c = 0; c < task.channels; c++)
+                for (int64_t i = 0; i < rows; i++)
+                    for (int64_t j = 0; j < columns; j++) {
+                        real z = data[n * stride[0] + c * stride[1] + i * stride[3] + j * stride[4]];
+                        if (z < LOWEST_LOGIT) grad[(c * rows + i) * columns + j] = 0;
+                    }
+        });
+    }
+};
+
+// Probabilities ------------------------------------------------------------------------------------
 
 // Z, and the exponentials in place of the logits.
 INLINE Reals exponentials(const Task &task, real *x, int tile) {
@@ -603,6 +702,71 @@ INLINE Reals exponentials(const Task &task, real *x, int tile) {
     }
     return Z;
 }
+
+struct ClassSums {
+    const Task &task;
+    Progress &progress;
+    const int tile;
+    double *const partial_sums;
+    Scratch scratch;
+    Reader z;
+    PixelWeights weights;
+    real *x;
+    double *sums;  // (classes, LANES)
+
+    ClassSums(const Task &task, Progress &progress)
+        : task(task), progress(progress), tile(tile_of(task)), partial_sums((double *)(&progress + 1)),
+          scratch(2 * 64 + task.classes * (tile * (int64_t)sizeof(real) + LANES * (int64_t)sizeof(double)) +
+                  Reader::bytes(task, task.z, tile) + PixelWeights::bytes(task, tile)),
+          z(task, progress, task.z, tile, scratch), weights(task, tile, scratch) {
+        if (!scratch.memory) return;
+        x = scratch.take<real>(task.classes * tile);
+        sums = scratch.take<double>(task.classes * LANES);
+    }
+
+    bool run() {
+        if (!scratch.memory) return false;
+        if (for_chunks(task, progress, [&](int64_t n, int64_t chunk) { tiles(n, chunk); })) finish();
+        return true;
+    }
+
+    void tiles(int64_t n, int64_t chunk) {
+        memset(sums, 0, task.classes * LANES * sizeof(double));
+        weights.start_image(n);
+        for_tiles(task, chunk, tile, [&](int64_t row, int64_t column, int count, int64_t pixel) {
+            z.read(n, row, column, count, x);
+            if (task.classes > task.channels) memset(x + tile, 0, tile * sizeof(real));
+            weights.read(n, pixel, count, x);
+            add_tile(count);
+        });
+        double *partial = partial_sums + (n * task.chunks + chunk) * task.classes;
+        for (int64_t c = 0; c < task.classes; c++) {
+            partial[c] = 0;
+            for (int lane = 0; lane < LANES; lane++) partial[c] += sums[c * LANES + lane];
+        }
+    }
+
+    // Float32 adds up a tile, float64 the tiles.
+    OUTLINE void add_tile(int count) {
+        for (int k = 0; k < count; k += LANES)
+            store(weights.w + k, load(weights.w + k) / exponentials(task, x + k, tile));
+        for (int64_t c = 0; c < task.classes; c++) {
+            Reals sum = Reals{};
+            for (int k = 0; k < count; k += LANES) sum += load(x + c * tile + k) * load(weights.w + k);
+            for (int lane = 0; lane < LANES; lane++) sums[c * LANES + lane] += (double)sum[lane];
+        }
+    }
+
+    void finish() {
+        for (int64_t n = 0; n < task.images; n++)
+            for (int64_t c = 0; c < task.classes; c++) {
+                double sum = 0;
+                for (int64_t chunk = 0; chunk < task.chunks; chunk++)
+                    sum += partial_sums[(n * task.chunks + chunk) * task.classes + c];
+                ((real *)task.result)[n * task.classes + c] = (real)sum;
+            }
+    }
+};
 
 // Classes of a vector of pixels with logits at x and, of the guide, at g: the first of those with the
 // largest (mean) probability, -1 where no head is sure, `classes` where a probability is NaN.
@@ -635,17 +799,19 @@ INLINE Integers predict(const Task &task, real *x, real *g, int tile) {
 }
 
 struct Classify {
-    Task &task;
+    const Task &task;
+    Progress &progress;
     const int tile;
+    int64_t *const partial_counts;
     Scratch scratch;
+    Reader z, guide;
     real *x, *g;
 
-    explicit Classify(Task &task)
-        : task(task), tile(tile_of(task)),
+    Classify(const Task &task, Progress &progress)
+        : task(task), progress(progress), tile(tile_of(task)), partial_counts((int64_t *)(&progress + 1)),
           scratch(2 * 64 + 2 * task.classes * tile * (int64_t)sizeof(real) +
-                  (task.upsampled ? Upsampling::bytes(task, task.z, tile) +
-                                        Upsampling::bytes(task, task.guide, tile)
-                                  : 0)) {
+                  Reader::bytes(task, task.z, tile) + Reader::bytes(task, task.guide, tile)),
+          z(task, progress, task.z, tile, scratch), guide(task, progress, task.guide, tile, scratch) {
         if (!scratch.memory) return;
         x = scratch.take<real>(task.classes * tile);
         g = scratch.take<real>(task.classes * tile);
@@ -653,14 +819,10 @@ struct Classify {
 
     bool run() {
         if (!scratch.memory) return false;
-        if (task.labels)
-            for_chunks(task, [&](int64_t n, int64_t chunk) { labels(n, chunk); });
-        else if (!task.upsampled)
-            for_chunks(task, [&](int64_t n, int64_t chunk) { pixels(n, chunk); });
-        else {
-            Upsampling z(task, task.z, tile, scratch), guide(task, task.guide, tile, scratch);
-            for_chunks(task, [&](int64_t n, int64_t chunk) { cells(n, chunk, z, guide); });
-        }
+        if (for_chunks(task, progress, [&](int64_t n, int64_t chunk) {
+                task.labels ? labels(n, chunk) : tiles(n, chunk);
+            }))
+            finish();
         return true;
     }
 
@@ -671,119 +833,76 @@ struct Classify {
                 label = -1;
             else if (label < 0 || label > task.classes)
                 label = task.classes;
-            count(n, chunk, pixel, label);
+            write(n, chunk, pixel, label);
         }
     }
 
-    void pixels(int64_t n, int64_t chunk) {
-        for (int64_t pixel = begin_of(task, chunk); pixel < end_of(task, chunk); pixel += tile) {
-            int64_t left = end_of(task, chunk) - pixel;
-            int count = left < tile ? (int)left : tile;
-            read_pixels(task, task.z, n, pixel, count, tile, x);
-            if (task.guide.data) read_pixels(task, task.guide, n, pixel, count, tile, g);
-            tile_classes(n, chunk, pixel, count);
-        }
-    }
-
-    void cells(int64_t n, int64_t chunk, Upsampling &z, Upsampling &guide) {
-        const Axis &rows = task.z.rows, &columns = task.z.columns;
-        int64_t first = first_of(rows, chunk * task.chunk_size);
-        int64_t last = first_of(rows, (chunk + 1) * task.chunk_size);
-        for (int64_t column = 0; column < columns.size; column += tile) {
-            int64_t left = columns.size - column;
-            int count = left < tile ? (int)left : tile;
-            z.cell_row = guide.cell_row = -1;
-            for (int64_t row = first; row < last; row++) {
-                z.read(n, row, column, count, x);
-                if (task.guide.data) guide.read(n, row, column, count, g);
-                tile_classes(n, chunk, row * columns.size + column, count);
+    void tiles(int64_t n, int64_t chunk) {
+        for_tiles(task, chunk, tile, [&](int64_t row, int64_t column, int count, int64_t pixel) {
+            z.read(n, row, column, count, x);
+            if (task.guide.data) guide.read(n, row, column, count, g);
+            if (task.classes > task.channels) {
+                memset(x + tile, 0, tile * sizeof(real));
+                memset(g + tile, 0, tile * sizeof(real));
             }
-        }
+            for (int k = 0; k < count; k += LANES) {
+                Integers y = predict(task, x + k, g + k, tile);
+                for (int lane = 0; lane < LANES && k + lane < count; lane++)
+                    write(n, chunk, pixel + k + lane, y[lane]);
+            }
+        });
     }
 
-    void tile_classes(int64_t n, int64_t chunk, int64_t pixel, int count) {
-        if (task.classes > task.channels) {
-            memset(x + tile, 0, tile * sizeof(real));
-            memset(g + tile, 0, tile * sizeof(real));
-        }
-        for (int k = 0; k < count; k += LANES) {
-            Integers y = predict(task, x + k, g + k, tile);
-            for (int lane = 0; lane < LANES && k + lane < count; lane++)
-                this->count(n, chunk, pixel + k + lane, y[lane]);
-        }
-    }
-
-    void count(int64_t n, int64_t chunk, int64_t pixel, int64_t y) {
+    // Writes the class of a pixel, and counts it.
+    void write(int64_t n, int64_t chunk, int64_t pixel, int64_t y) {
         int64_t at = n * task.length + pixel;
         if (task.valid && !task.valid[at]) y = -1;
-        if (y >= 0) task.partial_counts[(n * task.chunks + chunk) * (task.classes + 1) + y]++;
+        if (y >= 0) partial_counts[(n * task.chunks + chunk) * (task.classes + 1) + y]++;
         if (task.wide_index)
             ((int32_t *)task.y)[at] = (int32_t)y;
         else
             ((int8_t *)task.y)[at] = (int8_t)y;
     }
+
+    void finish() {
+        const int64_t bins = task.classes + 1;
+        for (int64_t n = 0; n < task.images; n++)
+            for (int64_t bin = 0; bin < bins; bin++) {
+                int64_t count = 0;
+                for (int64_t chunk = 0; chunk < task.chunks; chunk++)
+                    count += partial_counts[(n * task.chunks + chunk) * bins + bin];
+                ((int64_t *)task.result)[n * bins + bin] = count;
+            }
+    }
 };
 
 // Entry --------------------------------------------------------------------------------------------
 
-template <int KIND> static bool run_weighted_sum(Task &task) {
-    return task.slope.data ? WeightedSum<KIND, true>(task).run() : WeightedSum<KIND, false>(task).run();
+// Every thread calls an operator with the same task and progress. It returns 0 where there is no
+// memory for the scratch.
+
+template <int KIND> static bool run_weighted_sum(const Task &task, Progress &progress) {
+    return task.grad.data ? WeightedSum<KIND, true>(task, progress).run()
+                          : WeightedSum<KIND, false>(task, progress).run();
 }
 
-// What every thread calls with the same task; 0 if there is no memory for its scratch.
-extern "C" int weighted_sum(Task *task) {
+extern "C" int weighted_sum(const Task *task, Progress *progress) {
     switch (task->kind) {
-        case SQUARE: return run_weighted_sum<SQUARE>(*task);
-        case SHANNON: return run_weighted_sum<SHANNON>(*task);
-        case POWER: return run_weighted_sum<POWER>(*task);
-        case NEAR_ONE: return run_weighted_sum<NEAR_ONE>(*task);
-        default: return run_weighted_sum<LABEL>(*task);
+        case SQUARE: return run_weighted_sum<SQUARE>(*task, *progress);
+        case SHANNON: return run_weighted_sum<SHANNON>(*task, *progress);
+        case POWER: return run_weighted_sum<POWER>(*task, *progress);
+        case NEAR_ONE: return run_weighted_sum<NEAR_ONE>(*task, *progress);
+        case CROSS_ENTROPY: return run_weighted_sum<CROSS_ENTROPY>(*task, *progress);
+        default: return run_weighted_sum<LINEAR>(*task, *progress);
     }
 }
-extern "C" int classify(Task *task) { return Classify(*task).run(); }
+extern "C" int class_sums(const Task *task, Progress *progress) { return ClassSums(*task, *progress).run(); }
+extern "C" int classify(const Task *task, Progress *progress) { return Classify(*task, *progress).run(); }
 
-// What one thread calls after all of them.
-extern "C" void finish_weighted_sum(Task *t) {
-    const Head &z = t->z;
-    const int64_t rows = z.rows.source, columns = z.columns.source;
-    for (int64_t n = 0; n < t->images; n++) {
-        double sum = 0;
-        for (int64_t chunk = 0; chunk < t->chunks; chunk++) sum += t->partial_sums[n * t->chunks + chunk];
-        ((real *)t->sums)[n] = (real)sum;
-        if (!t->slope.data || !t->upsampled) continue;
-        real *slope = (real *)t->slope.data + n * t->channels * rows * columns;
-        const real *shared = (real *)t->partial_slopes + n * t->chunks * t->channels * columns;
-        for (int64_t chunk = 0; chunk < t->chunks; chunk++)
-            for (int64_t c = 0, row = (chunk + 1) * t->chunk_size; c < t->channels; c++)
-                for (int64_t j = 0; j < columns; j++, shared++)
-                    if (row < rows) slope[(c * rows + row) * columns + j] += *shared;
-        // Where the logits are held at the lowest one the slope is 0.
-        if (!t->held) continue;
-        with_type(t->dtype, z.data, [&](auto *data) {
-            for (int64_t c = 0; c < t->channels; c++)
-                for (int64_t i = 0; i < rows; i++)
-                    for (int64_t j = 0; j < columns; j++) {
-                        real at = data[n * z.stride[0] + c * z.stride[1] + i * z.stride[3] + j * z.stride[4]];
-                        if (at < LOWEST_LOGIT) slope[(c * rows + i) * columns + j] = 0;
-                    }
-        });
-    }
-}
-extern "C" void finish_classify(Task *t) {
-    const int64_t bins = t->classes + 1;
-    for (int64_t n = 0; n < t->images; n++)
-        for (int64_t bin = 0; bin < bins; bin++) {
-            int64_t count = 0;
-            for (int64_t chunk = 0; chunk < t->chunks; chunk++)
-                count += t->partial_counts[(n * t->chunks + chunk) * bins + bin];
-            t->counts[n * bins + bin] = count;
-        }
-}
-
-// out = slope[n] * factors[n], in the dtype of the logits.
-extern "C" void scale(int dtype, int64_t images, int64_t size, real *slope, real *factors, void *out) {
+// out = grad[n] * factors[n], in the dtype of the logits.
+extern "C" void scale_grad(int dtype, int64_t images, int64_t size, real *grad, real *factors, void *out) {
     with_type(dtype, out, [&](auto *to) {
         for (int64_t n = 0; n < images; n++)
-            for (int64_t k = n * size; k < (n + 1) * size; k++) assign(to[k], slope[k] * factors[n]);
+            for (int64_t k = n * size; k < (n + 1) * size; k++) assign(to[k], grad[k] * factors[n]);
     });
 }

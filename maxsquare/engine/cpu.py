@@ -1,26 +1,15 @@
-"""The two operators on CPUs: `cpu.cpp`, compiled on first use, and a call of it by several threads.
-
-The machine's own compiler makes it for the processor at hand, as Triton and torch.compile make
-their kernels, and the result is kept in the user's cache folder.
-"""
+"""The two operators on CPUs: a call of the library of `cpu.cpp` by several threads."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
+import functools
 import math
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
+import struct
 import threading
-import warnings
-from collections.abc import Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -28,17 +17,10 @@ import torch
 from torch import Tensor
 
 from maxsquare.engine.layout import axis, flat_stride, strides
-from maxsquare.engine.plain import accumulation_dtype, index_dtype, number_of_classes
+from maxsquare.engine.libraries import library
+from maxsquare.engine.plain import LogitsSpec, accumulation_dtype, index_dtype
 from maxsquare.potentials import Potential, Tsallis
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
-# Not -ffast-math, which would lose NaN and infinities.
-FLAGS = (
-    *("-x", "c++", "-std=c++17", "-O3", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math", "-w"),
-    "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
-)
-COMPILER_SECONDS = 120
 # A chunk of pixels fills the second cache with its logits, so that threads seldom meet at the
 # counter of chunks; more rows of cells than these would take more memory for what chunks share.
 CHUNK_PIXELS = 4096
@@ -47,201 +29,25 @@ CHUNKS_OF_CELLS = 64
 LOGITS_PER_THREAD = 2**16
 
 # As `Dtype` in cpu.cpp.
-DTYPES = (
-    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
-    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-)
-
-
-# Compile ------------------------------------------------------------------------------------------
-
-
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernels for logits of a dtype; None, after a warning, where they cannot be made."""
-    if dtype not in LIBRARIES:
-        with COMPILING:
-            if dtype not in LIBRARIES:
-                LIBRARIES[dtype] = make_library(dtype)
-    return LIBRARIES[dtype]
-
-
-LIBRARIES: dict[torch.dtype, ctypes.CDLL | None] = {}
-# Threads that need the kernels at once wait for one compiler.
-COMPILING = threading.RLock()
-
-
-def make_library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """`library`, by the first compiler that makes it."""
-    flags = (*FLAGS, "-DDOUBLE") if dtype == torch.float64 else FLAGS
-    problem = "there is none"
-    for compiler in compilers():
-        try:
-            return load(compiler, flags)
-        except subprocess.CalledProcessError as error:
-            lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
-            reason = next((line for line in lines if "error" in line), lines[-1])
-        except subprocess.TimeoutExpired:
-            reason = f"takes longer than {COMPILER_SECONDS} seconds"
-        except OSError as error:  # of the loader, it has no other text than a temporary name
-            reason = error.strerror or "what it makes cannot be loaded"
-        problem = f"{shlex.join(compiler)}: {reason}"
-    warnings.warn(
-        "maxsquare computes slowly on this CPU, as no C++ compiler makes its kernels "
-        f"({problem}). Install one (Debian and Ubuntu: apt-get install g++), or name it in the "
-        "environment variable CXX.",
-        stacklevel=3,
-    )
-    return None
-
-
-def compilers() -> Iterator[list[str]]:
-    """Commands to try: that of CXX or CC, else those that are usual."""
-    named = [os.environ[name] for name in ("CXX", "CC") if os.environ.get(name, "").strip()]
-    for command in named or ("cc", "gcc", "clang"):
-        try:
-            program, *options = shlex.split(command)
-        except ValueError:  # a quotation mark without its pair
-            program, *options = command.split()
-        path = shutil.which(program)
-        if path or named:  # one that was named and is not there is a problem to tell
-            yield [path or program, *options]
-
-
-def load(compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The compiled kernels, from the user's cache folder if they are there."""
-    key = digest(SOURCE.read_bytes(), repr((compiler, flags)), identity(compiler), processor())
-    folder = cache_folder()
-    for path in folder.glob(f"cpu-{key}-*.so"):
-        try:
-            # What another user put there may be anything.
-            if hasattr(os, "geteuid") and path.stat().st_uid not in (0, os.geteuid()):
-                continue
-            # A damaged library would take the process down with it, so its name has its checksum.
-            if path.stem.endswith(digest(path.read_bytes())):
-                return ctypes.CDLL(str(path))
-            path.unlink()
-        except OSError:  # unreadable, or on a file system from which nothing is executed
-            continue
-    # Not TemporaryDirectory: a process forked meanwhile would remove it at its end.
-    scratch = tempfile.mkdtemp()
-    try:
-        fresh = Path(scratch, "cpu.so")
-        subprocess.run(
-            [*compiler, *flags, str(SOURCE), "-o", str(fresh)],
-            check=True,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=COMPILER_SECONDS,
-            # Control-C is for this process, which may go on after it.
-            start_new_session=True,
+DTYPES = {
+    dtype: number
+    for number, dtype in enumerate(
+        (
+            *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+            *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
         )
-        kept = keep(fresh, folder, key)
-        # Nothing is executed from some folders for temporary files, nor from some home folders.
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(kept))
-        return ctypes.CDLL(str(fresh))
-    finally:
-        # A library in use cannot be removed everywhere.
-        shutil.rmtree(scratch, ignore_errors=True)
+    )
+}
+# As `Task` in cpu.cpp: three views of tensors, pointers, integers, numbers, options.
+TASK = struct.Struct("@" + 3 * "P5q5q5q" + "5P" + "10q" + "4d" + "8i")
+NO_TENSOR = (0,) * 16
+NO_AXES = (0,) * 10
 
 
-def keep(fresh: Path, folder: Path, key: str) -> Path:
-    """Where a compiled library is kept; where it is, if the folder does not take it."""
-    content = fresh.read_bytes()
-    kept = folder / f"cpu-{key}-{digest(content)}.so"
-    part = folder / f".{fresh.parent.name}"  # a name that no other process has
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        os.replace(part, kept)
-        return kept
-    except OSError:  # the next process compiles again
-        return fresh
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+class Progress(ctypes.Structure):
+    """As `Progress` in cpu.cpp."""
 
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    for folder in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
-        if os.path.isabs(folder):  # as the standard of XDG_CACHE_HOME demands
-            return Path(folder, "maxsquare")
-    return Path(os.devnull)  # nobody's home: nothing is kept
-
-
-def identity(compiler: list[str]) -> str:
-    """What changes with another version of the compiler; asking it would take much longer."""
-    program = os.path.realpath(compiler[0])
-    status = os.stat(program)
-    return f"{program} {status.st_size} {status.st_mtime_ns}"
-
-
-def processor() -> str:
-    """What changes with another processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        lines = []
-    names = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa")
-    known = [line for line in lines if line.startswith(names)]
-    return repr((platform.machine(), platform.processor(), known))
-
-
-def digest(*parts: bytes | str) -> str:
-    joined = b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)
-    return hashlib.sha256(joined).hexdigest()[:32]
-
-
-# Call ---------------------------------------------------------------------------------------------
-
-
-class Axis(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("scale", "offset", "unit", "source", "size")]
-
-
-class Head(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("stride", ctypes.c_int64 * 5),
-        ("rows", Axis),
-        ("columns", Axis),
-    ]
-
-
-class Task(ctypes.Structure):
-    """An operator's work, as cpu.cpp describes it."""
-
-    _fields_ = [
-        *((name, Head) for name in ("z", "guide", "slope")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "labels valid y weights partial_sums partial_counts partial_slopes sums counts"
-            ).split()
-        ),
-        *((name, ctypes.c_int64) for name in ("images", "classes", "channels", "length")),
-        ("shape", ctypes.c_int64 * 3),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("chunks", "chunk_size", "next_chunk", "ignore_index")
-        ),
-        *((name, ctypes.c_double) for name in ("q", "shift", "constant", "threshold")),
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "dtype label_dtype wide_index kind upsampled flat by_class has_threshold held"
-            ).split()
-        ),
-    ]
-
-    def point(self, **tensors: Tensor | None) -> None:
-        """Point to tensors, which live as long as the task: a thread may outlive an interrupt."""
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                setattr(self, name, tensor.data_ptr())
-        self.tensors = (*getattr(self, "tensors", ()), *tensors.values())
+    _fields_ = [(name, ctypes.c_int64) for name in ("next", "completed", "has_clamped")]
 
 
 def classify(
@@ -249,148 +55,183 @@ def classify(
     guide: Tensor | None,
     labels: Tensor | None,
     valid: Tensor | None,
-    size: tuple[int, int] | None,
-    align_corners: bool,
-    binary: bool,
-    threshold: float | None,
-    ignore_index: int,
+    spec: LogitsSpec,
+    threshold: float | None = None,
+    ignore_index: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """`plain.classify`."""
-    task, spatial = make_task(z, guide, None, size, align_corners, binary)
+    classes = spec.classes(z)
+    y = z.new_empty((z.shape[0], *spec.spatial(z)), dtype=index_dtype(classes))
+    counts = z.new_empty((z.shape[0], classes + 1), dtype=torch.long)
     if labels is not None:
         labels = (labels if labels.dtype in DTYPES else labels.long()).contiguous()
-        task.label_dtype = DTYPES.index(labels.dtype)
-        # Labels lie at full resolution, whatever the logits do.
-        set_chunks(task, upsampled=False)
-    bins = task.classes + 1
-    y = z.new_empty((task.images, *spatial), dtype=index_dtype(task.classes))
-    counts = z.new_empty((task.images, bins), dtype=torch.long)
-    task.point(
-        y=y,
-        counts=counts,
+    run(
+        *("classify", spec, (classes + 1) * 8, z, counts),
+        guide=guide,
         labels=labels,
-        valid=None if valid is None else valid.contiguous(),
-        partial_counts=counts.new_zeros((task.images, task.chunks, bins)),
+        valid=valid,
+        y=y,
+        threshold=threshold,
+        ignore_index=ignore_index,
     )
-    task.wide_index = y.dtype != torch.int8
-    task.has_threshold, task.threshold = threshold is not None, threshold or 0
-    task.ignore_index = ignore_index
-    run("classify", task, z.dtype)
     return y, counts
 
 
-def weighted_sum_and_slope(
+def weighted_sum(
     z: Tensor,
     weights: Tensor,
     y: Tensor | None,
     valid: Tensor | None,
     potential: Potential,
-    size: tuple[int, int] | None,
-    align_corners: bool,
-    binary: bool,
-    with_slope: bool,
+    spec: LogitsSpec,
+    needs_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`plain.weighted_sum_and_slope`."""
+    """`plain.weighted_sum`."""
     dtype = accumulation_dtype(z.dtype)
-    slope = None
-    if with_slope:
-        slope = torch.empty_like(z) if size is None else z.new_empty(z.shape, dtype=dtype)
-    task, _ = make_task(z, None, slope, size, align_corners, binary)
-    sums = z.new_empty(task.images, dtype=dtype)
-    # Of each chunk of cells, the source row that it shares with the next.
-    shared = (task.images, task.chunks, task.channels, z.shape[-1])
-    task.point(
+    sums = z.new_empty(z.shape[0], dtype=dtype)
+    grad, partial_bytes = None, 8
+    if needs_grad and spec.size is None:
+        grad = torch.empty_like(z)
+    elif needs_grad:
+        grad = z.new_empty(z.shape, dtype=dtype)
+        # The source row that a chunk of cells shares with the next one.
+        partial_bytes += z.shape[1] * z.shape[3] * dtype.itemsize
+    run(
+        *("weighted_sum", spec, partial_bytes, z, sums),
+        grad=grad,
+        valid=valid,
         y=None if y is None else y.contiguous(),
-        valid=None if valid is None else valid.contiguous(),
         weights=weights.to(dtype).contiguous(),
-        sums=sums,
-        partial_sums=z.new_empty((task.images, task.chunks), dtype=torch.float64),
-        partial_slopes=z.new_empty(shared, dtype=dtype) if with_slope and size else None,
+        potential=potential,
     )
-    task.wide_index = y is not None and y.dtype != torch.int8
-    task.by_class, task.kind = weights.shape[1] > 1, potential.kind()
-    if isinstance(potential, Tsallis):
-        shift = potential.shift()
-        task.q, task.shift, task.constant = potential.q, shift, shift + potential.offset
-    run("weighted_sum", task, z.dtype)
-    return sums, slope
+    return sums, grad
 
 
-def scale(slope: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Every image's slope times its factor, in a dtype."""
-    kernels = library(slope.dtype)
-    assert kernels is not None
-    slope, factors = slope.contiguous(), factors.to(slope.dtype).contiguous()
-    result = torch.empty_like(slope, dtype=dtype)
-    kernels.scale(
-        DTYPES.index(dtype),
-        ctypes.c_int64(len(slope)),
-        ctypes.c_int64(slope[:1].numel()),
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (slope, factors, result)),
+def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
+    """`plain.class_sums`."""
+    classes = spec.classes(z)
+    sums = z.new_empty((z.shape[0], classes), dtype=accumulation_dtype(z.dtype))
+    run("class_sums", spec, classes * 8, z, sums, valid=valid)
+    return sums
+
+
+def scale_grad(grad: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every image's gradient times its factor, in a dtype."""
+    grad, factors = grad.contiguous(), factors.to(grad.dtype).contiguous()
+    result = torch.empty_like(grad, dtype=dtype)
+    kernels(grad.dtype).scale_grad(
+        DTYPES[dtype],
+        grad.shape[0],
+        grad.stride(0),
+        grad.data_ptr(),
+        factors.data_ptr(),
+        result.data_ptr(),
     )
     return result
 
 
-def make_task(
+def run(
+    operator: str,
+    spec: LogitsSpec,
+    partial_bytes: int,
     z: Tensor,
-    guide: Tensor | None,
-    slope: Tensor | None,
-    size: tuple[int, int] | None,
-    align_corners: bool,
-    binary: bool,
-) -> tuple[Task, tuple[int, ...]]:
-    """How logits and slope lie in memory, and the work in chunks; the result's resolution."""
-    spatial = tuple(z.shape[2:]) if size is None else tuple(size)
-    heads = {"z": z, "guide": guide, "slope": slope}
-    flat_strides = [flat_stride(tensor) for tensor in heads.values() if tensor is not None]
-    task = Task(
-        images=z.shape[0],
-        classes=number_of_classes(z, binary),
-        channels=z.shape[1],
-        length=math.prod(spatial),
-        shape=(1, 1, 1, *spatial)[-3:],
-        dtype=DTYPES.index(z.dtype),
-        upsampled=size is not None,
-        flat=size is None and None not in flat_strides,
+    result: Tensor,
+    *,
+    guide: Tensor | None = None,
+    grad: Tensor | None = None,
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    y: Tensor | None = None,
+    weights: Tensor | None = None,
+    potential: Potential | None = None,
+    threshold: float | None = None,
+    ignore_index: int = -1,
+) -> None:
+    """Have as many threads as PyTorch uses take chunks of the work until none is left.
+
+    partial_bytes: of the partial result of each chunk.
+    """
+    images, channels, *spatial = z.shape
+    classes = spec.classes(z)
+    shape = spec.size or spatial
+    length = math.prod(shape)
+    # Labels have the resolution of the result.
+    if spec.size is None or labels is not None:
+        chunk_size = CHUNK_PIXELS
+        chunks = -(-length // chunk_size)
+    else:
+        chunk_size = max(-(-spatial[0] // CHUNKS_OF_CELLS), 1)
+        chunks = -(-spatial[0] // chunk_size)
+    flat = spec.size is None and all(
+        flat_stride(tensor) is not None for tensor in (z, guide, grad) if tensor is not None
     )
-    task.tensors = tuple(heads.values())
-    for name, tensor in heads.items():
-        if tensor is None:
-            continue
-        head = Head(tensor.data_ptr(), strides(tensor, task.flat))
-        if size is not None:
-            head.rows = Axis(*axis(tensor.shape[2], size[0], align_corners))
-            head.columns = Axis(*axis(tensor.shape[3], size[1], align_corners))
-        setattr(task, name, head)
-    set_chunks(task, upsampled=size is not None)
-    return task, spatial
-
-
-def set_chunks(task: Task, upsampled: bool) -> None:
-    """Cut every image into chunks, whatever the number of threads."""
-    parts = task.z.rows.source if upsampled else task.length
-    task.chunk_size = -(-parts // CHUNKS_OF_CELLS) if upsampled else CHUNK_PIXELS
-    task.chunks = -(-parts // max(task.chunk_size, 1))
-
-
-def run(operator: str, task: Task, dtype: torch.dtype) -> None:
-    """Have as many threads as PyTorch uses take chunks of the task until none is left."""
-    kernels = library(dtype)
-    assert kernels is not None
-    kernel: Any = getattr(kernels, operator)
-    pointer = ctypes.byref(task)
-    helpers = min(
-        torch.get_num_threads(),
-        task.images * task.chunks,
-        task.images * task.length * task.classes // LOGITS_PER_THREAD,
+    valid = None if valid is None else valid.contiguous()
+    q = shift = offset = 0.0
+    if isinstance(potential, Tsallis):
+        q, shift, offset = potential.q, potential.shift(), potential.offset
+    task = TASK.pack(
+        *view(z, flat, spec),
+        *(NO_TENSOR if guide is None else view(guide, flat, spec)),
+        *(NO_TENSOR if grad is None else view(grad, flat, spec)),
+        *(pointer(labels), pointer(valid), pointer(y), pointer(weights), result.data_ptr()),
+        *(images, classes, channels, length, *(1,) * (3 - len(shape)), *shape),
+        *(chunks, chunk_size, ignore_index),
+        *(q, shift, shift + offset, threshold or 0.0),
+        DTYPES[z.dtype],
+        0 if labels is None else DTYPES[labels.dtype],
+        y is not None and y.dtype != torch.int8,
+        0 if potential is None else potential.kind(),
+        spec.size is not None,
+        flat,
+        weights is not None and weights.shape[1] > 1,
+        threshold is not None,
     )
-    futures = HELPERS.call(kernel, pointer, helpers - 1)
-    done = [kernel(pointer)]
+    total = images * chunks
+    partials = bytearray(ctypes.sizeof(Progress) + total * partial_bytes)
+    arguments = (task, ctypes.byref(Progress.from_buffer(partials)))
+    kernel = getattr(kernels(z.dtype), operator)
+    threads = min(total, images * length * classes // LOGITS_PER_THREAD)
+    futures = []
+    if threads > 1:
+        # A thread may outlive an interrupt of its caller: the tensors must live as long.
+        tensors = (z, result, guide, grad, labels, valid, y, weights)
+        threads = min(threads, torch.get_num_threads())
+        futures = HELPERS.call(kernel, arguments, tensors, threads - 1)
+    done = [kernel(*arguments)]
     # A thread that has not begun is not needed any more.
     done += [future.result() for future in futures if not future.cancel()]
     if not all(done):
         raise MemoryError("no memory for the scratch of maxsquare's kernels")
-    getattr(kernels, f"finish_{operator}")(pointer)
+
+
+def view(tensor: Tensor, flat: bool, spec: LogitsSpec) -> tuple[int, ...]:
+    """As `TensorView` in cpu.cpp."""
+    axes = NO_AXES
+    if spec.size is not None:
+        (height, width), (rows, columns) = spec.size, tensor.shape[2:]
+        axes = (*axis(rows, height, spec.align_corners), *axis(columns, width, spec.align_corners))
+    return tensor.data_ptr(), *strides(tensor, flat), *axes
+
+
+def pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def kernels(dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernels for logits of a dtype, which there are."""
+    found = library(accumulation_dtype(dtype))
+    assert found is not None
+    return checked(found)
+
+
+@functools.cache
+def checked(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The same, if C++ and Python agree on what they exchange."""
+    for name, size in (("task_bytes", TASK.size), ("progress_bytes", ctypes.sizeof(Progress))):
+        assert ctypes.c_int64.in_dll(library, name).value == size, name
+    numbers, pointers = (ctypes.c_int, *[ctypes.c_int64] * 2), [ctypes.c_void_p] * 3
+    library.scale_grad.argtypes = (*numbers, *pointers)
+    return library
 
 
 class Helpers:
@@ -401,11 +242,13 @@ class Helpers:
     """
 
     def __init__(self) -> None:
-        self.calls: SimpleQueue[tuple[Future[int], Any, Any]] = SimpleQueue()
+        self.calls: SimpleQueue[tuple[Future[int], Any, tuple[Any, ...], Any]] = SimpleQueue()
         self.threads: list[threading.Thread] = []
 
-    def call(self, kernel: Any, pointer: Any, count: int) -> list[Future[int]]:
-        """Have so many threads call a kernel, or as many as there are."""
+    def call(
+        self, kernel: Any, arguments: tuple[Any, ...], tensors: Any, count: int
+    ) -> list[Future[int]]:
+        """Have so many threads call a kernel, or as many as there are, and keep its tensors."""
         with contextlib.suppress(RuntimeError):  # no more threads can be started
             # To count processors takes longer than all else here.
             while len(self.threads) < count and len(self.threads) < (os.cpu_count() or 1):
@@ -414,25 +257,25 @@ class Helpers:
                 self.threads.append(thread)
         futures: list[Future[int]] = [Future() for _ in range(min(count, len(self.threads)))]
         for future in futures:
-            self.calls.put((future, kernel, pointer))
+            self.calls.put((future, kernel, arguments, tensors))
         return futures
 
     def work(self) -> None:
         """Call, one after the other, what no caller has taken back."""
         while True:
-            future, kernel, pointer = self.calls.get()
+            future, kernel, arguments, tensors = self.calls.get()
             if future.set_running_or_notify_cancel():
-                future.set_result(kernel(pointer))
-            del future, kernel, pointer  # else the tensors would live until the next call
+                future.set_result(kernel(*arguments))
+            del future, kernel, arguments, tensors  # else they would live until the next call
 
 
 HELPERS = Helpers()
 
 
 def start_anew() -> None:
-    """A forked process has none of its parent's threads, nor their locks."""
-    global COMPILING, HELPERS
-    COMPILING, HELPERS = threading.RLock(), Helpers()
+    """A forked process has none of its parent's threads."""
+    global HELPERS
+    HELPERS = Helpers()
 
 
 if hasattr(os, "register_at_fork"):

@@ -26,8 +26,16 @@ from torch import Tensor
 
 from maxsquare.engine import plain
 from maxsquare.engine.layout import axis, flat_stride, strides
-from maxsquare.engine.plain import LOWEST_LOGIT, accumulation_dtype, index_dtype, number_of_classes
-from maxsquare.potentials import LABEL, POWER, SHANNON, SQUARE, Label, Potential, Tsallis
+from maxsquare.engine.plain import LOWEST_LOGIT, LogitsSpec, accumulation_dtype, index_dtype
+from maxsquare.potentials import (
+    CROSS_ENTROPY,
+    POWER,
+    SHANNON,
+    SQUARE,
+    CrossEntropy,
+    Potential,
+    Tsallis,
+)
 
 # The first whose kernels take tuples, and constants with fields.
 TRITON = (3, 4)
@@ -228,7 +236,7 @@ def _weighted_sum(
         for first in range(0, FORM.classes, FORM.block_c):
             c = first + tl.arange(0, FORM.block_c)[:, None]
             x = _read(head, n, c, pixel, counted, shape, FORM) - m
-            if FORM.kind == FORM.LABEL:
+            if FORM.kind == FORM.CROSS_ENTROPY:
                 t = tl.where(c == y, x - log_Z, 0.0)
             else:
                 t = _term(tl.exp(x) / Z, x - log_Z, FORM)
@@ -238,7 +246,7 @@ def _weighted_sum(
         if slope_ptr is not None:
             x = _read(head, n, own, pixel, counted, shape, FORM) - m
             p = tl.exp(x) / Z
-            if FORM.kind == FORM.LABEL:
+            if FORM.kind == FORM.CROSS_ENTROPY:
                 slope = p - tl.where(own == y, 1.0, 0.0)
             else:
                 slope = FORM.q * (p * total - _term(p, x - log_Z, FORM))
@@ -359,7 +367,7 @@ class Form:
     upsampled: bool
     flat: bool
     dtype: tl.dtype
-    kind: int = LABEL
+    kind: int = CROSS_ENTROPY
     q: float = 0
     shift: float = 0
     constant: float = 0
@@ -369,7 +377,7 @@ class Form:
     SQUARE: int = SQUARE
     SHANNON: int = SHANNON
     POWER: int = POWER
-    LABEL: int = LABEL
+    CROSS_ENTROPY: int = CROSS_ENTROPY
 
 
 class Launch:
@@ -378,15 +386,13 @@ class Launch:
     def __init__(
         self,
         heads: list[Tensor],
-        size: tuple[int, int] | None,
-        align_corners: bool,
-        binary: bool,
+        spec: LogitsSpec,
         **form: Any,
     ) -> None:
         z = heads[0]
         dtype = accumulation_dtype(z.dtype)
-        spatial = tuple(z.shape[2:]) if size is None else size
-        classes = number_of_classes(z, binary)
+        spatial, size, align_corners = spec.spatial(z), spec.size, spec.align_corners
+        classes = spec.classes(z)
         block_c = min(triton.next_power_of_2(classes), MAX_CLASSES)
         tile = TILE * 4 // dtype.itemsize
         self.length = math.prod(spatial)
@@ -440,19 +446,17 @@ def classify(
     guide: Tensor | None,
     labels: Tensor | None,
     valid: Tensor | None,
-    size: tuple[int, int] | None,
-    align_corners: bool,
-    binary: bool,
-    threshold: float | None,
-    ignore_index: int,
+    spec: LogitsSpec,
+    threshold: float | None = None,
+    ignore_index: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """`plain.classify`."""
-    classes = number_of_classes(z, binary)
+    classes = spec.classes(z)
     if labels is not None:
         y = plain.labelled(labels, valid, classes, ignore_index)
     else:
-        launch = Launch([z] if guide is None else [z, guide], size, align_corners, binary)
-        y = z.new_empty((len(z), *(size or z.shape[2:])), dtype=index_dtype(classes))
+        launch = Launch([z] if guide is None else [z, guide], spec)
+        y = z.new_empty((len(z), *spec.spatial(z)), dtype=index_dtype(classes))
         no_guide = [None, *launch.heads[1:4]] if guide is None else []
         valid = None if valid is None else valid.contiguous()
         launch(
@@ -470,32 +474,30 @@ def classify(
     return y, counts.sum(1)
 
 
-def weighted_sum_and_slope(
+def weighted_sum(
     z: Tensor,
     weights: Tensor,
     y: Tensor | None,
     valid: Tensor | None,
     potential: Potential,
-    size: tuple[int, int] | None,
-    align_corners: bool,
-    binary: bool,
-    with_slope: bool,
+    spec: LogitsSpec,
+    needs_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`plain.weighted_sum_and_slope`."""
+    """`plain.weighted_sum`."""
     dtype = accumulation_dtype(z.dtype)
     numbers: dict[str, Any] = {}
     if isinstance(potential, Tsallis):
         shift = potential.shift()
         numbers = {"q": potential.q, "shift": shift, "constant": shift + potential.offset}
     slope = None
-    if with_slope and size is None:
+    if needs_grad and spec.size is None:
         slope = torch.empty_like(z)
-    elif with_slope:
+    elif needs_grad:
         # A map for each corner: the first row (column) is no cell's lower (right) one.
         slope = z.new_zeros((2, 2, *z.shape), dtype=dtype)
-    tensors = [z] if slope is None or size is not None else [z, slope]
+    tensors = [z] if slope is None or spec.size is not None else [z, slope]
     launch = Launch(
-        *(tensors, size, align_corners, binary),
+        *(tensors, spec),
         kind=potential.kind(),
         by_class=weights.shape[1] > 1,
         **numbers,
@@ -507,9 +509,9 @@ def weighted_sum_and_slope(
     launch(
         _weighted_sum,
         *(*maps, sums, slope, slope_strides, launch.length, launch.shape, launch.tiles, z.numel()),
-        chunks=launch.chunks if with_slope else 1,
+        chunks=launch.chunks if needs_grad else 1,
     )
-    if slope is not None and size is not None:
+    if slope is not None and spec.size is not None:
         # Where the logits are held at the lowest one it is 0.
         slope = slope.sum((0, 1)).masked_fill_(z < LOWEST_LOGIT, 0)
     return sums.sum(1), slope
@@ -524,15 +526,19 @@ def check(device: torch.device) -> None:
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda":
         raise RuntimeError(f"no kernels for {target.backend}")
-    z = torch.linspace(-2, 3, 2 * 5 * 3 * 4, device=device).sin().mul(5).view(2, 5, 3, 4)
-    weights = torch.linspace(0.5, 1, 2 * 5, device=device).view(2, 5)
+    options: Any = {"dtype": torch.float32, "device": device}
+    z = torch.linspace(-2, 3, 2 * 5 * 3 * 4, **options).sin().mul(5).view(2, 5, 3, 4)
+    # Not flipped: the classes c and 4 - c of a sure pixel would tie, and rounding decide.
+    guide = z.roll(1, 1)
+    weights = torch.linspace(0.5, 1, 2 * 5, **options).view(2, 5)
     for size in (None, (7, 6)):
-        found: list[Any] = [*classify(z, z.flip(1), None, None, size, True, False, 0.5, -1)]
-        expected: list[Any] = [*plain.classify(z, z.flip(1), None, None, size, True, False, 0.5)]
-        for potential in (Tsallis(2, -1), Label()):
-            arguments = (z, weights, expected[0], None, potential, size, True, False, True)
-            found += weighted_sum_and_slope(*arguments)
-            expected += plain.weighted_sum_and_slope(*arguments)
+        spec = LogitsSpec(size, align_corners=True)
+        found: list[Any] = [*classify(z, guide, None, None, spec, 0.5)]
+        expected: list[Any] = [*plain.classify(z, guide, None, None, spec, 0.5)]
+        for potential in (Tsallis(2, -1), CrossEntropy()):
+            arguments = (z, weights, expected[0], None, potential, spec, True)
+            found += weighted_sum(*arguments)
+            expected += plain.weighted_sum(*arguments)
         for result, reference in zip(found, expected, strict=True):
             if not torch.allclose(result.double(), reference.double(), rtol=1e-4, atol=1e-5):
                 raise RuntimeError("they disagree with the plain formula")

@@ -1,26 +1,23 @@
-"""The two operators that every loss is made of, and which kernels compute them.
+"""The operators that every loss is made of, and which kernels compute them.
 
     y, counts = classify(z, ...)          the class of every pixel, how many of each per image
     sums = weighted_sum(z, weights, ...)  sum of w[n, y] phi(p) over the pixels of every image
+    sums = class_sums(z, ...)             sum of p_c over the pixels of every image
 
-They are registered with PyTorch: compilers and exporters keep them as they are, and function
-transforms find a rule for each. Images are independent, so a dimension that is mapped over joins
-them.
+They are registered with PyTorch, so that compilers and exporters keep them as they are. Eager calls
+go through an autograd.Function, which knows all derivatives, straight to the kernels. Images are
+independent: a dimension that vmap maps over joins them. Where a device has no kernels, the plain
+formula takes their place, and autograd and compilers see ordinary PyTorch.
 
-The slope of an upsampled loss is small, and its exponentials are expensive: value and slope come
-from one pass, and the upstream gradient scales the slope. At full resolution the slope is large,
-and scaling it is expensive: it is computed in the backward pass, the upstream gradient within
-the weights.
-
-That multiplication is registered too. By PyTorch's own, its OpenMP threads would wake, and spin
-for milliseconds on the cores that the next kernel needs (measured on two: 8 ms instead of 5).
+The gradient of an upsampled loss is small, and its exponentials are expensive: value and gradient
+come from one pass, and the upstream gradient scales the gradient. At full resolution the gradient
+is large, and scaling it is expensive: the backward pass computes it, with the upstream gradient
+within the weights.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import inspect
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -28,36 +25,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from maxsquare.engine import cpu, plain
-from maxsquare.engine.plain import accumulation_dtype, index_dtype, number_of_classes
-from maxsquare.potentials import Label, Potential, Tsallis
+from maxsquare.engine.libraries import library
+from maxsquare.engine.plain import LogitsSpec, accumulation_dtype, index_dtype
+from maxsquare.potentials import Linear, Potential, numbers_of, potential_of
 
+# Function transforms take apart options that are not numbers, so operators have numbers only.
+SPEC = "SymInt? height, SymInt? width, bool align_corners, bool binary"
 torch.library.define(
     "maxsquare::classify",
-    "(Tensor z, Tensor? guide, Tensor? labels, Tensor? valid, SymInt? height, SymInt? width, "
-    "bool align_corners, bool binary, float? threshold, int ignore_index) "
-    "-> (Tensor y, Tensor counts)",
+    f"(Tensor z, Tensor? guide, Tensor? labels, Tensor? valid, {SPEC}, float? threshold, "
+    "int ignore_index) -> (Tensor y, Tensor counts)",
 )
 torch.library.define(
     "maxsquare::weighted_sum",
-    "(Tensor z, Tensor weights, Tensor? y, Tensor? valid, float? q, float offset, "
-    "SymInt? height, SymInt? width, bool align_corners, bool binary, bool with_slope) "
-    "-> (Tensor sums, Tensor slope)",
+    f"(Tensor z, Tensor weights, Tensor? y, Tensor? valid, {SPEC}, int kind, float q, "
+    "float offset, bool needs_grad) -> (Tensor sums, Tensor grad)",
 )
-torch.library.define("maxsquare::scale", "(Tensor slope, Tensor factors, Tensor z) -> Tensor")
-
-# Function transforms take options apart that are not numbers, so operators have numbers only.
-
-
-def potential_of(q: float | None, offset: float) -> Potential:
-    """The potential of an operator's options."""
-    return Label() if q is None else Tsallis(q, offset)
+torch.library.define("maxsquare::class_sums", f"(Tensor z, Tensor? valid, {SPEC}) -> Tensor")
+torch.library.define("maxsquare::scale_grad", "(Tensor grad, Tensor factors, Tensor z) -> Tensor")
+OPERATORS = torch.ops.maxsquare
 
 
-def size_of(height: int | None, width: int | None) -> tuple[int, int] | None:
-    """The size to which logits are upsampled, if they are."""
-    return None if height is None or width is None else (height, width)
+def spec_numbers(spec: LogitsSpec) -> tuple[Any, ...]:
+    """The options of an operator that stand for a spec."""
+    return *(spec.size or (None, None)), spec.align_corners, spec.binary
+
+
+def spec_of(height: int | None, width: int | None, *flags: bool) -> LogitsSpec:
+    """The inverse of `spec_numbers`."""
+    return LogitsSpec(None if height is None or width is None else (height, width), *flags)
 
 
 # Which device runs what ---------------------------------------------------------------------------
@@ -66,22 +66,33 @@ def size_of(height: int | None, width: int | None) -> tuple[int, int] | None:
 def kernels_for(z: Tensor) -> ModuleType | None:
     """The kernels for logits on their device; None: the plain formula."""
     if z.device.type == "cpu":
-        return cpu if cpu.library(accumulation_dtype(z.dtype)) else None
+        return cpu if library(accumulation_dtype(z.dtype)) else None
     return cuda_kernels(z.device) if z.device.type == "cuda" else None
 
 
 def cuda_kernels(device: torch.device) -> ModuleType | None:
     """The CUDA kernels, if they give what the plain formula gives on this device."""
     if device not in _CHECKED_KERNELS:
-        # The check waits for the device, which a graph that is being captured must not.
         if torch.cuda.is_current_stream_capturing():
-            return None
+            raise RuntimeError(
+                "a CUDA graph can capture a loss of maxsquare after its first call, "
+                "which checks and compiles the kernels: call the loss once before the capture"
+            )
         _CHECKED_KERNELS[device] = check_cuda_kernels(device)
     return _CHECKED_KERNELS[device]
 
 
 # Of each device, once it was checked.
 _CHECKED_KERNELS: dict[torch.device, ModuleType | None] = {}
+
+# They say nothing of the kernels: the call fails, and the next one checks again. PyTorch has
+# AcceleratorError (an asynchronous CUDA error) from 2.8 on.
+_OTHER_FAILURES = (
+    MemoryError,
+    OSError,
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", MemoryError),
+)
 
 
 def check_cuda_kernels(device: torch.device) -> ModuleType | None:
@@ -90,6 +101,8 @@ def check_cuda_kernels(device: torch.device) -> ModuleType | None:
         kernels = importlib.import_module("maxsquare.engine.cuda")
         with torch.cuda.device(device):
             kernels.check(device)
+    except _OTHER_FAILURES:
+        raise
     except Exception as error:
         # No Triton, no compiler for its launcher, a GPU too old or not NVIDIA's, another version.
         warnings.warn(
@@ -100,49 +113,84 @@ def check_cuda_kernels(device: torch.device) -> ModuleType | None:
     return kernels
 
 
+def supports_operator(z: Tensor, spec: LogitsSpec) -> bool:
+    """Whether kernels take these logits: not probabilities, nor a tensor with its own dispatch."""
+    if not spec.from_logits:
+        return False
+    if torch.compiler.is_compiling():
+        # The compiler would drop an operator's derivatives within a transform that it compiles.
+        return not torch._C._are_functorch_transforms_active() and _has_kernels(z.device, z.dtype)
+    ordinary = type(z).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return ordinary and kernels_for(z) is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has kernels, which a compiler must not trace."""
+    return kernels_for(torch.empty(0, dtype=dtype, device=device)) is not None
+
+
+def _is_traced(*tensors: Tensor) -> bool:
+    """Whether the dispatcher must see an operator: a mode traces it, or a tensor is batched."""
+    return torch._C._len_torch_dispatch_stack() > 0 or any(
+        is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor) for tensor in tensors
+    )
+
+
+# Operators ----------------------------------------------------------------------------------------
+
+
 @torch.library.impl("maxsquare::classify", "default")
 def _classify(
-    z: Tensor,
-    guide: Tensor | None,
-    labels: Tensor | None,
-    valid: Tensor | None,
-    height: int | None,
-    width: int | None,
-    *options: Any,
+    z: Tensor, guide: Tensor | None, labels: Tensor | None, valid: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, Tensor]:
+    *spec, threshold, ignore_index = numbers
     kernels = kernels_for(z) or plain
-    y, counts = kernels.classify(z, guide, labels, valid, size_of(height, width), *options)
+    y, counts = kernels.classify(z, guide, labels, valid, spec_of(*spec), threshold, ignore_index)
     return y, counts
 
 
 @torch.library.impl("maxsquare::weighted_sum", "default")
 def _weighted_sum(
+    z: Tensor, weights: Tensor, y: Tensor | None, valid: Tensor | None, *numbers: Any
+) -> tuple[Tensor, Tensor]:
+    *spec, kind, q, offset, needs_grad = numbers
+    return _sums_and_grad(
+        *(z, weights, y, valid, potential_of(kind, q, offset), spec_of(*spec), needs_grad)
+    )
+
+
+def _sums_and_grad(
     z: Tensor,
     weights: Tensor,
     y: Tensor | None,
     valid: Tensor | None,
-    q: float | None,
-    offset: float,
-    height: int | None,
-    width: int | None,
-    align_corners: bool,
-    binary: bool,
-    with_slope: bool,
+    potential: Potential,
+    spec: LogitsSpec,
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     kernels = kernels_for(z) or plain
-    sums, slope = kernels.weighted_sum_and_slope(
-        *(z, weights, y, valid, potential_of(q, offset)),
-        *(size_of(height, width), align_corners, binary, with_slope),
-    )
-    return sums, z.new_empty((len(z), 0)) if slope is None else slope
+    sums, grad = kernels.weighted_sum(z, weights, y, valid, potential, spec, needs_grad)
+    return sums, z.new_empty((len(z), 0)) if grad is None else grad
 
 
-@torch.library.impl("maxsquare::scale", "default")
-def _scale(slope: Tensor, factors: Tensor, z: Tensor) -> Tensor:
-    """The gradient by z, of which a compiler is to know that it depends on z."""
-    if kernels_for(slope) is cpu:
-        return cpu.scale(slope, factors, z.dtype)
-    return (slope * factors.view(-1, *[1] * (slope.dim() - 1))).to(z.dtype)
+@torch.library.impl("maxsquare::class_sums", "default")
+def _class_sums(z: Tensor, valid: Tensor | None, *spec: Any) -> Tensor:
+    kernels = kernels_for(z) or plain
+    sums: Tensor = kernels.class_sums(z, valid, spec_of(*spec))
+    return sums
+
+
+def _scale_grad(grad: Tensor, factors: Tensor, z: Tensor) -> Tensor:
+    """The gradient by z in its dtype; with z as an argument, compilers see that it depends on z."""
+    # PyTorch's multiplication would wake OpenMP threads, which then spin for milliseconds on the
+    # cores that the next kernel needs (measured on two: 8 ms instead of 5).
+    if kernels_for(grad) is cpu:
+        return cpu.scale_grad(grad, factors, z.dtype)
+    return (grad * factors.view(-1, *[1] * (grad.dim() - 1))).to(z.dtype)
+
+
+torch.library.impl("maxsquare::scale_grad", "default", _scale_grad)
 
 
 # Shapes -------------------------------------------------------------------------------------------
@@ -150,42 +198,42 @@ def _scale(slope: Tensor, factors: Tensor, z: Tensor) -> Tensor:
 
 @torch.library.register_fake("maxsquare::classify")  # type: ignore[untyped-decorator]
 def _classify_shapes(
-    z: Tensor,
-    guide: Tensor | None,
-    labels: Tensor | None,
-    valid: Tensor | None,
-    height: int | None,
-    width: int | None,
-    align_corners: bool,
-    binary: bool,
-    *_: Any,
+    z: Tensor, guide: Tensor | None, labels: Tensor | None, valid: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, Tensor]:
-    classes = number_of_classes(z, binary)
-    spatial = size_of(height, width) or z.shape[2:]
-    y = z.new_empty((z.shape[0], *spatial), dtype=index_dtype(classes))
+    spec = spec_of(*numbers[:4])
+    classes = spec.classes(z)
+    y = z.new_empty((z.shape[0], *spec.spatial(z)), dtype=index_dtype(classes))
     return y, z.new_empty((z.shape[0], classes + 1), dtype=torch.long)
 
 
 @torch.library.register_fake("maxsquare::weighted_sum")  # type: ignore[untyped-decorator]
-def _weighted_sum_shapes(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *_, height, _width, _align_corners, _binary, with_slope = arguments
+def _weighted_sum_shapes(
+    z: Tensor, weights: Tensor, y: Tensor | None, valid: Tensor | None, *numbers: Any
+) -> tuple[Tensor, Tensor]:
+    height, *_, needs_grad = numbers
     dtype = accumulation_dtype(z.dtype)
-    slope = z.new_empty((z.shape[0], 0))
-    if with_slope:
-        slope = torch.empty_like(z) if height is None else z.new_empty(z.shape, dtype=dtype)
-    return z.new_empty(z.shape[0], dtype=dtype), slope
+    grad = z.new_empty((z.shape[0], 0))
+    if needs_grad:
+        grad = torch.empty_like(z) if height is None else z.new_empty(z.shape, dtype=dtype)
+    return z.new_empty(z.shape[0], dtype=dtype), grad
 
 
-@torch.library.register_fake("maxsquare::scale")  # type: ignore[untyped-decorator]
-def _scale_shapes(slope: Tensor, factors: Tensor, z: Tensor) -> Tensor:
-    return torch.empty_like(slope, dtype=z.dtype, memory_format=torch.contiguous_format)
+@torch.library.register_fake("maxsquare::class_sums")  # type: ignore[untyped-decorator]
+def _class_sums_shapes(z: Tensor, valid: Tensor | None, *numbers: Any) -> Tensor:
+    classes = spec_of(*numbers).classes(z)
+    return z.new_empty((z.shape[0], classes), dtype=accumulation_dtype(z.dtype))
+
+
+@torch.library.register_fake("maxsquare::scale_grad")  # type: ignore[untyped-decorator]
+def _scale_grad_shapes(grad: Tensor, factors: Tensor, z: Tensor) -> Tensor:
+    return torch.empty_like(grad, dtype=z.dtype, memory_format=torch.contiguous_format)
 
 
 # Function transforms ------------------------------------------------------------------------------
 
 
-def _over_joined_images(operator: Any) -> Any:
-    """The rule by which an operator is mapped over a dimension."""
+def _over_joined_images(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule by which a function of images is mapped over a dimension."""
 
     def rule(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> Any:
         def join(tensor: Tensor, dim: int | None) -> Tensor:
@@ -197,178 +245,257 @@ def _over_joined_images(operator: Any) -> Any:
             join(argument, dim) if isinstance(argument, Tensor) else argument
             for argument, dim in zip(arguments, dims, strict=True)
         ]
-        results = operator(*joined)
+
+        def split(result: Tensor) -> Tensor:
+            images = result.shape[0] // info.batch_size
+            return result.view(info.batch_size, images, *result.shape[1:])
+
+        results = function(*joined)
         if isinstance(results, Tensor):
-            return results.view(info.batch_size, -1, *results.shape[1:]), 0
-        return tuple(r.unflatten(0, (info.batch_size, -1)) for r in results), (0, 0)
+            return split(results), 0
+        return tuple(map(split, results)), (0,) * len(results)
 
     return rule
 
 
-for _name in ("classify", "weighted_sum", "scale"):
-    _operator = getattr(torch.ops.maxsquare, _name)
+for _name in ("classify", "weighted_sum", "class_sums", "scale_grad"):
+    _operator = getattr(OPERATORS, _name)
     torch.library.register_vmap(f"maxsquare::{_name}", _over_joined_images(_operator))
 
 
 # Derivatives --------------------------------------------------------------------------------------
 
 
-def _with_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Spare every call of a function to inspect the signature of its forward."""
-    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
-    return function
+class _Function(torch.autograd.Function):
+    """A Function whose calls do not inspect its signature."""
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        # torch.autograd.Function binds arguments to the signature of forward at every call.
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
 
-@_with_signature
-class _WeightedSum(torch.autograd.Function):
-    """The operator `weighted_sum`, with the derivatives of the sums by z."""
-
-    generate_vmap_rule = True
+class _WeightedSum(_Function):
+    """The sums and their gradient by z; the latter is empty if not needed."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        sums, slope = torch.ops.maxsquare.weighted_sum(*inputs)
-        return sums, slope
+    def forward(
+        z: Tensor,
+        weights: Tensor,
+        y: Tensor | None,
+        valid: Tensor | None,
+        potential: Potential,
+        spec: LogitsSpec,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if not _is_traced(z):
+            return _sums_and_grad(z, weights, y, valid, potential, spec, needs_grad)
+        sums, grad = OPERATORS.weighted_sum(
+            *(z, weights, y, valid, *spec_numbers(spec), *numbers_of(potential), needs_grad)
+        )
+        return sums, grad
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        tensors, ctx.options = inputs[:4], inputs[4:]
-        _, slope = output
-        ctx.mark_non_differentiable(slope)
-        # Else the slope, which has no gradient, would get one of zeros.
+        *tensors, ctx.potential, ctx.spec, ctx.needs_grad = inputs
+        _, grad = output
+        ctx.mark_non_differentiable(grad)
+        # Otherwise autograd would fill a gradient of zeros for the second output.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, slope)
-        ctx.save_for_forward(*tensors, slope)
+        ctx.save_for_backward(*tensors, grad)
+        ctx.save_for_forward(*tensors, grad)
 
     @staticmethod
     def backward(ctx: Any, sums_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        gradient = None
-        if sums_grad is not None:
-            gradient = _Gradient.apply(sums_grad, *ctx.saved_tensors, *ctx.options)
-        return gradient, *[None] * (3 + len(ctx.options))
+        if sums_grad is None:
+            return (None,) * 7
+        options = (ctx.potential, ctx.spec, ctx.needs_grad)
+        return _gradient(sums_grad, *ctx.saved_tensors, *options), *[None] * 6
 
     @staticmethod
     def jvp(ctx: Any, z_tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
-        z, *rest = ctx.saved_tensors
+        z = ctx.saved_tensors[0]
         ones = z.new_ones(z.shape[0], dtype=accumulation_dtype(z.dtype))
-        gradient = _Gradient.apply(ones, z, *rest, *ctx.options)
+        options = (ctx.potential, ctx.spec, ctx.needs_grad)
+        gradient = _gradient(ones, *ctx.saved_tensors, *options)
         return (gradient * z_tangent).flatten(1).sum(1, dtype=ones.dtype), None
 
-
-# Of the operator itself, as compiled and exported programs call it: first derivatives alone.
-torch.library.register_autograd(
-    "maxsquare::weighted_sum", _WeightedSum.backward, setup_context=_WeightedSum.setup_context
-)
+    vmap = staticmethod(_over_joined_images(lambda *arguments: _WeightedSum.apply(*arguments)))
 
 
-def _gradient(
-    sums_grad: Tensor,
-    z: Tensor,
-    weights: Tensor,
-    y: Tensor | None,
-    valid: Tensor | None,
-    slope: Tensor,
-    *options: Any,
-) -> Tensor:
-    """The gradient by z; slope: of the sums, if the pass that made them took it (with_slope)."""
-    *rest, with_slope = options
-    if with_slope:
-        gradient: Tensor = torch.ops.maxsquare.scale(slope, sums_grad, z)
-        return gradient
-    weights = weights * sums_grad.unsqueeze(1)
-    _, gradient = torch.ops.maxsquare.weighted_sum(z, weights, y, valid, *rest, True)
-    return gradient.to(z.dtype)
+class _ClassSums(_Function):
+    """The sums of probabilities."""
 
-
-@_with_signature
-class _Gradient(torch.autograd.Function):
-    """`_gradient`; its own derivatives are those of the plain formula."""
-
-    generate_vmap_rule = True
-    forward = staticmethod(_gradient)
+    @staticmethod
+    def forward(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
+        kernels = None if _is_traced(z) else kernels_for(z)
+        sums: Tensor = (
+            kernels.class_sums(z, valid, spec)
+            if kernels
+            else OPERATORS.class_sums(z, valid, *spec_numbers(spec))
+        )
+        return sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        tensors, ctx.options = inputs[:5], inputs[6:-1]
+        *tensors, ctx.spec = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        sums_grad, z, *rest = ctx.saved_tensors
-        formula = _formula_gradient(*rest, *ctx.options)
-        backward = torch.func.vjp(formula, sums_grad, z)[1]
-        return *backward(upstream), *[None] * (5 + len(ctx.options))
+    def backward(ctx: Any, sums_grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, valid = ctx.saved_tensors
+        ones = sums_grad.new_ones(len(z))
+        no_grad = z.new_empty((len(z), 0))
+        arguments = (ones, z, sums_grad, None, valid, no_grad, Linear(), ctx.spec, False)
+        return _gradient(*arguments), None, None
 
     @staticmethod
-    def jvp(
-        ctx: Any, sums_grad_tangent: Tensor | None, z_tangent: Tensor | None, *_: Any
+    def jvp(ctx: Any, z_tangent: Tensor, *_: Any) -> Tensor:
+        z, valid = ctx.saved_tensors
+        formula = lambda z: plain.class_sums(z, valid, ctx.spec)  # noqa: E731
+        sums, backward = torch.func.vjp(formula, z)[:2]
+        # The derivative of backward, which is linear: forward mode cannot nest.
+        transposed = torch.func.vjp(lambda grad: backward(grad)[0], torch.zeros_like(sums))[1]
+        tangent: Tensor = transposed(z_tangent)[0]
+        return tangent
+
+    vmap = staticmethod(_over_joined_images(lambda *arguments: _ClassSums.apply(*arguments)))
+
+
+def _gradient(sums_grad: Tensor, z: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    """The gradient by z, differentiable where somebody may differentiate it."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _is_traced(sums_grad, z):
+        gradient: Tensor = _Gradient.apply(sums_grad, z, weights, *rest)
+        return gradient
+    return _Gradient.forward(sums_grad, z, weights, *rest)
+
+
+class _Gradient(_Function):
+    """The gradient of the sums by z; its own derivatives are those of the plain formula."""
+
+    @staticmethod
+    def forward(
+        sums_grad: Tensor,
+        z: Tensor,
+        weights: Tensor,
+        y: Tensor | None,
+        valid: Tensor | None,
+        grad: Tensor,
+        potential: Potential,
+        spec: LogitsSpec,
+        needs_grad: bool,
     ) -> Tensor:
-        sums_grad, z, *rest = ctx.saved_tensors
-        formula = _formula_gradient(*rest, *ctx.options)
+        """grad: that of an upstream gradient of ones, if the sums came with it (needs_grad)."""
+        traced = _is_traced(sums_grad, z)
+        if needs_grad:
+            scale_grad = OPERATORS.scale_grad if traced else _scale_grad
+            gradient: Tensor = scale_grad(grad, sums_grad, z)
+            return gradient
+        weights = weights * sums_grad.unsqueeze(1)
+        if traced:
+            numbers = (*spec_numbers(spec), *numbers_of(potential))
+            _, gradient = OPERATORS.weighted_sum(z, weights, y, valid, *numbers, True)
+        else:
+            _, gradient = _sums_and_grad(z, weights, y, valid, potential, spec, True)
+        return gradient.to(z.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        tensors, (ctx.potential, ctx.spec, _) = inputs[:5], inputs[6:]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def _formula(ctx: Any) -> Callable[..., Tensor]:
+        """The plain formula: (sums_grad, z, weights) -> gradient."""
+        *_, y, valid = ctx.saved_tensors
+
+        def gradient(sums_grad: Tensor, z: Tensor, weights: Tensor) -> Tensor:
+            arguments = (weights, y, valid, ctx.potential, ctx.spec)
+            backward = torch.func.vjp(lambda z: plain.weighted_sum(z, *arguments)[0], z)[1]
+            result: Tensor = backward(sums_grad)[0]
+            return result
+
+        return gradient
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        backward = torch.func.vjp(_Gradient._formula(ctx), *ctx.saved_tensors[:3])[1]
+        return *backward(upstream), *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        inputs = ctx.saved_tensors[:3]
+        sums_grad_tangent, z_tangent, weights_tangent = tangents[:3]
+        formula = _Gradient._formula(ctx)
+        sums_grad, z, weights = inputs
         tangent = torch.zeros_like(z)
         if sums_grad_tangent is not None:  # the gradient is linear in sums_grad
-            tangent = tangent + formula(sums_grad_tangent, z)
+            tangent = tangent + formula(sums_grad_tangent, z, weights)
+        if weights_tangent is not None:  # and in the weights
+            tangent = tangent + formula(sums_grad, z, weights_tangent)
         if z_tangent is not None:  # second derivatives are symmetric
-            backward = torch.func.vjp(functools.partial(formula, sums_grad), z)[1]
+            backward = torch.func.vjp(lambda z: formula(sums_grad, z, weights), z)[1]
             tangent = tangent + backward(z_tangent)[0]
         return tangent
 
+    vmap = staticmethod(_over_joined_images(lambda *arguments: _Gradient.apply(*arguments)))
 
-def _formula_gradient(
-    weights: Tensor,
-    y: Tensor | None,
-    valid: Tensor | None,
-    q: float | None,
-    offset: float,
-    height: int | None,
-    width: int | None,
-    *options: Any,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """`_gradient` by the plain formula: (sums_grad, z) -> gradient."""
-    potential, size = potential_of(q, offset), size_of(height, width)
-    arguments = (weights, y, valid, potential, size, *options)
 
-    def gradient(sums_grad: Tensor, z: Tensor) -> Tensor:
-        backward = torch.func.vjp(lambda z: plain.weighted_sum(z, *arguments), z)[1]
-        result: Tensor = backward(sums_grad)[0]
-        return result
+# Of the operators themselves, as compiled and exported programs call them: first derivatives alone.
 
-    return gradient
+
+def _setup_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, spec, (*potential, needs_grad) = inputs[:4], inputs[4:8], inputs[8:]
+    typed = (*tensors, potential_of(*potential), spec_of(*spec), needs_grad)
+    _WeightedSum.setup_context(ctx, typed, output)
+
+
+def _setup_class_sums(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _ClassSums.setup_context(ctx, (*inputs[:2], spec_of(*inputs[2:])), output)
+
+
+torch.library.register_autograd(
+    "maxsquare::weighted_sum",
+    lambda ctx, *grads: (_WeightedSum.backward(ctx, *grads)[0], *[None] * 11),
+    setup_context=_setup_weighted_sum,
+)
+torch.library.register_autograd(
+    "maxsquare::class_sums",
+    lambda ctx, grad: (_ClassSums.backward(ctx, grad)[0], *[None] * 5),
+    setup_context=_setup_class_sums,
+)
 
 
 # Calls --------------------------------------------------------------------------------------------
 
 
-def can_call(z: Tensor, from_logits: bool) -> bool:
-    """Whether an operator takes this: not probabilities, nor a tensor that dispatches by itself."""
-    ordinary = type(z).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return from_logits and (ordinary or torch.compiler.is_compiling())
+def prepare(z: Tensor, spec: LogitsSpec) -> Tensor:
+    """Logits, upsampled once for all steps of a loss where no kernel upsamples them."""
+    return z if supports_operator(z, spec) else plain.upsampled(z, spec)
 
 
 def classify(
     z: Tensor,
-    guide: Tensor | None = None,
-    labels: Tensor | None = None,
-    valid: Tensor | None = None,
-    *,
-    size: tuple[int, int] | None,
-    align_corners: bool,
-    binary: bool,
-    from_logits: bool,
+    guide: Tensor | None,
+    labels: Tensor | None,
+    valid: Tensor | None,
+    spec: LogitsSpec,
     threshold: float | None = None,
     ignore_index: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """`plain.classify` by the fastest path."""
-    height, width = size or (None, None)
     tensors = (z.detach(), None if guide is None else guide.detach(), labels, valid)
-    if not can_call(z, from_logits):
-        return plain.classify(
-            *tensors, size, align_corners, binary, threshold, ignore_index, from_logits
-        )
-    y, counts = torch.ops.maxsquare.classify(
-        *tensors, height, width, align_corners, binary, threshold, ignore_index
-    )
+    if not supports_operator(z, spec):
+        return plain.classify(*tensors, spec, threshold, ignore_index)
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not torch.compiler.is_compiling() and not _is_traced(*given):
+        kernels = kernels_for(z) or plain
+        return kernels.classify(*tensors, spec, threshold, ignore_index)  # type: ignore[no-any-return]
+    y, counts = OPERATORS.classify(*tensors, *spec_numbers(spec), threshold, ignore_index)
     return y, counts
 
 
@@ -378,23 +505,26 @@ def weighted_sum(
     y: Tensor | None,
     valid: Tensor | None,
     potential: Potential,
-    *,
-    size: tuple[int, int] | None,
-    align_corners: bool,
-    binary: bool,
-    from_logits: bool,
+    spec: LogitsSpec,
 ) -> Tensor:
-    """`plain.weighted_sum` by the fastest path."""
-    compiling = torch.compiler.is_compiling()
-    # Of a transform within what it compiles, the compiler would drop the operator's derivatives.
-    within_transform = compiling and torch._C._are_functorch_transforms_active()
-    if within_transform or not can_call(z, from_logits):
-        how = (size, align_corners, binary, from_logits)
-        return plain.weighted_sum(z, weights, y, valid, potential, *how)
-    q, offset = (None, 0.0) if isinstance(potential, Label) else (potential.q, potential.offset)
-    height, width = size or (None, None)
-    with_slope = size is not None and torch.is_grad_enabled() and z.requires_grad
-    call = torch.ops.maxsquare.weighted_sum if compiling else _WeightedSum.apply
-    options = (q, offset, height, width, align_corners, binary, with_slope)
-    sums: Tensor = call(z, weights, y, valid, *options)[0]
+    """`plain.weighted_sum` by the fastest path, without its gradient."""
+    if not supports_operator(z, spec):
+        return plain.weighted_sum(z, weights, y, valid, potential, spec)[0]
+    needs_grad = spec.size is not None and torch.is_grad_enabled() and z.requires_grad
+    if torch.compiler.is_compiling():
+        numbers = (*spec_numbers(spec), *numbers_of(potential), needs_grad)
+        sums: Tensor = OPERATORS.weighted_sum(z, weights, y, valid, *numbers)[0]
+    else:
+        sums = _WeightedSum.apply(z, weights, y, valid, potential, spec, needs_grad)[0]
+    return sums
+
+
+def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
+    """`plain.class_sums` by the fastest path."""
+    if not supports_operator(z, spec):
+        return plain.class_sums(z, valid, spec)
+    if torch.compiler.is_compiling():
+        sums: Tensor = OPERATORS.class_sums(z, valid, *spec_numbers(spec))
+    else:
+        sums = _ClassSums.apply(z, valid, spec)
     return sums

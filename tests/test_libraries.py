@@ -23,11 +23,11 @@ from unittest import mock
 
 import pytest
 import torch
-from support import assert_close, member_named, oracle, random_logits, value_and_gradient
+from support import assert_close, loss_named, oracle, random_logits, value_and_gradient
 
-from maxsquare.engine import cpu, operators
+from maxsquare.engine import cpu, libraries, operators
 
-pytestmark = pytest.mark.skipif(not any(cpu.compilers()), reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(not any(libraries.compilers()), reason="needs a C++ compiler")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        assert cpu.load(next(cpu.compilers()), cpu.FLAGS).weighted_sum
+        assert libraries.load(next(libraries.compilers()), libraries.FLAGS).weighted_sum
     (path,) = folder.glob("maxsquare/*")
     return path
 
@@ -58,7 +58,7 @@ class Compiler:
         return self.calls_path.read_text().splitlines()
 
     def load(self) -> None:
-        assert cpu.load([str(self.path)], cpu.FLAGS).weighted_sum
+        assert libraries.load([str(self.path)], libraries.FLAGS).weighted_sum
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in ("CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
-    cpu.LIBRARIES.clear()
+    libraries.LIBRARIES.clear()
     yield tmp_path / "cache" / "maxsquare"
-    cpu.LIBRARIES.clear()
+    libraries.LIBRARIES.clear()
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def compiler(tmp_path: Path, compiled: Path, cache: Path) -> Compiler:
 
 def warnings_of_losses(*dtypes: torch.dtype) -> list[str]:
     """What a user is shown while losses of these dtypes are computed, rightly, twice over."""
-    member = member_named("iw_max_square")
+    member = loss_named("iw_max_square")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for dtype in (*dtypes, *dtypes):
@@ -124,21 +124,21 @@ def test_whatever_changes_the_kernels_compiles_them_again(
     compiler.load()
     if changed == "source":
         other = tmp_path / "cpu.cpp"
-        other.write_bytes(cpu.SOURCE.read_bytes() + b"\n")
-        monkeypatch.setattr(cpu, "SOURCE", other)
+        other.write_bytes(libraries.SOURCE.read_bytes() + b"\n")
+        monkeypatch.setattr(libraries, "SOURCE", other)
     elif changed == "flags":
-        monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-g"))
+        monkeypatch.setattr(libraries, "FLAGS", (*libraries.FLAGS, "-g"))
     elif changed == "compiler":
         compiler.write(compiler.path.read_text().splitlines()[-1] + "  # another version")
     else:
-        monkeypatch.setattr(cpu, "processor", lambda: "another")
+        monkeypatch.setattr(libraries, "processor", lambda: "another")
     compiler.load()
     assert len(compiler.calls) == 2
 
 
 def test_the_processor_is_known_by_more_than_its_architecture() -> None:
     if Path("/proc/cpuinfo").exists():
-        assert len(cpu.processor()) > 100
+        assert len(libraries.processor()) > 100
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "no library"])
@@ -188,7 +188,7 @@ def test_the_environment_names_the_compiler_and_its_options(
     assert not warnings_of_losses(torch.float32, torch.bfloat16)
     (call,) = compiler.calls
     assert call.startswith("-option with space ") and "-DDOUBLE" not in call
-    assert cpu.library(torch.float64)
+    assert libraries.library(torch.float64)
     assert "-DDOUBLE" in compiler.calls[-1]
 
 
@@ -199,16 +199,16 @@ def test_cxx_goes_before_cc_which_goes_before_the_usual_ones(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("CC", "for_c")
     monkeypatch.setenv("CXX", "for_cxx")
-    assert cpu.library(torch.float32)
+    assert libraries.library(torch.float32)
     assert [len(each.calls) for each in (cxx, cc, usual)] == [1, 0, 0]
-    cpu.LIBRARIES.clear()
+    libraries.LIBRARIES.clear()
     cxx.write("exit 1")
-    assert cpu.library(torch.float32)
+    assert libraries.library(torch.float32)
     assert [len(each.calls) for each in (cxx, cc, usual)] == [2, 1, 0]
-    cpu.LIBRARIES.clear()
+    libraries.LIBRARIES.clear()
     monkeypatch.delenv("CC")
     monkeypatch.delenv("CXX")
-    assert cpu.library(torch.float32)
+    assert libraries.library(torch.float32)
     assert [len(each.calls) for each in (cxx, cc, usual)] == [2, 1, 1]
 
 
@@ -232,7 +232,7 @@ def test_a_compiler_that_fails_gives_one_warning_and_the_plain_formula(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch, action: str, told: str
 ) -> None:
     monkeypatch.setenv("CXX", str(compiler.path))
-    monkeypatch.setattr(cpu, "COMPILER_SECONDS", 0.3)
+    monkeypatch.setattr(libraries, "COMPILER_SECONDS", 0.3)
     compiler.write(action)
     (message,) = warnings_of_losses(torch.float32, torch.bfloat16, torch.float64)
     assert str(compiler.path) in message and told in message
@@ -339,7 +339,7 @@ def test_a_relative_cache_folder_is_not_one(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cpu.cache_folder() == tmp_path / "home" / ".cache" / "maxsquare"
+    assert libraries.cache_folder() == tmp_path / "home" / ".cache" / "maxsquare"
 
 
 def test_a_user_without_a_home_keeps_nothing(
@@ -362,19 +362,19 @@ def test_threads_that_need_kernels_at_once_wait_for_one_compiler(
 
     def load(_: int) -> object:
         start.wait(60)
-        return cpu.library(torch.float32)
+        return libraries.library(torch.float32)
 
     with ThreadPoolExecutor(4) as pool:
         assert len(set(map(id, pool.map(load, range(4))))) == 1
-    assert len(compiler.calls) == 1 and cpu.library(torch.float32)
+    assert len(compiler.calls) == 1 and libraries.library(torch.float32)
 
 
 FIRST_LOSS = """
 import os, signal, sys, threading, time, torch, maxsquare
-from maxsquare.engine import cpu
+from maxsquare.engine import libraries
 
 def compute():
-    print(maxsquare.MaxSquareLoss()(torch.eye(2)).item(), bool(cpu.library(torch.float32)))
+    print(maxsquare.MaxSquareLoss()(torch.eye(2)).item(), bool(libraries.library(torch.float32)))
 
 if sys.argv[1:] == ["disturbed"]:
     interrupts = []
@@ -502,4 +502,4 @@ def test_processes_killed_at_any_moment_leave_the_others_kernels(
         assert os.waitpid(beside, 0)[1] == 0
         assert os.waitpid(fork(), 0)[1] == 0
         (path,) = cache.glob("*.so")
-        assert cpu.digest(path.read_bytes()) in path.name
+        assert libraries.digest(path.read_bytes()) in path.name
