@@ -407,4 +407,3 @@ def test_a_triton_that_cannot_compile_the_kernels_is_named(monkeypatch: pytest.M
     monkeypatch.setattr(triton, "__version__", "3.3.1")
     with pytest.raises(RuntimeError, match=r"Triton 3\.4 or later, not 3\.3\.1"):
         cuda.check(torch.device(DEVICE))
-

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from maxsquare import EntropyLoss, MaxSquareLoss
+from maxsquare import EntropyLoss, InformationMaximizationLoss, MaxSquareLoss
 
 
 def prepare(network):
@@ -23,7 +23,7 @@ def prepare(network):
 
 
 def main():
-    for target_loss in (EntropyLoss(), MaxSquareLoss()):
+    for target_loss in (EntropyLoss(), InformationMaximizationLoss(MaxSquareLoss())):
         torch.manual_seed(0)
         network = timm.create_model("resnet10t", num_classes=10)  # pretrained=True: a trained one
         optimizer = torch.optim.SGD(prepare(network), lr=1e-3, momentum=0.9)
