@@ -33,6 +33,7 @@ from maxsquare.potentials import (
     SHANNON,
     SQUARE,
     CrossEntropy,
+    Linear,
     Potential,
     Tsallis,
 )
@@ -484,6 +485,9 @@ def weighted_sum(
     needs_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`plain.weighted_sum`."""
+    if isinstance(potential, Linear):
+        # No kernel has this form yet.
+        return plain.weighted_sum(z, weights, y, valid, potential, spec, needs_grad)
     dtype = accumulation_dtype(z.dtype)
     numbers: dict[str, Any] = {}
     if isinstance(potential, Tsallis):
@@ -515,6 +519,11 @@ def weighted_sum(
         # Where the logits are held at the lowest one it is 0.
         slope = slope.sum((0, 1)).masked_fill_(z < LOWEST_LOGIT, 0)
     return sums.sum(1), slope
+
+
+def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
+    """`plain.class_sums`, which has no kernel yet."""
+    return plain.class_sums(z, valid, spec)
 
 
 def check(device: torch.device) -> None:
