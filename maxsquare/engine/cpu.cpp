@@ -16,6 +16,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef _WIN32
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C"
+#endif
+
 // Shared with cpu.py -------------------------------------------------------------------------------
 
 enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, UINT8, INT8, INT16, INT32, INT64 };
@@ -48,14 +54,14 @@ struct Task {
     double q, shift, constant, threshold;
     int32_t dtype, label_dtype, wide_index, kind, upsampled, flat, by_class, has_threshold;
 };
-extern "C" const int64_t task_bytes = sizeof(Task);
+EXPORT const int64_t task_bytes = sizeof(Task);
 
 // What the threads share: zeros at first. The partial results of all chunks follow it in memory.
 struct Progress {
     int64_t next, completed;  // chunks
     int64_t has_clamped;      // whether any logit is below the lowest one
 };
-extern "C" const int64_t progress_bytes = sizeof(Progress);
+EXPORT const int64_t progress_bytes = sizeof(Progress);
 
 // Vectors ------------------------------------------------------------------------------------------
 
@@ -886,7 +892,7 @@ template <int KIND> static bool run_weighted_sum(const Task &task, Progress &pro
                           : WeightedSum<KIND, false>(task, progress).run();
 }
 
-extern "C" int weighted_sum(const Task *task, Progress *progress) {
+EXPORT int weighted_sum(const Task *task, Progress *progress) {
     switch (task->kind) {
         case SQUARE: return run_weighted_sum<SQUARE>(*task, *progress);
         case SHANNON: return run_weighted_sum<SHANNON>(*task, *progress);
@@ -896,11 +902,11 @@ extern "C" int weighted_sum(const Task *task, Progress *progress) {
         default: return run_weighted_sum<LINEAR>(*task, *progress);
     }
 }
-extern "C" int class_sums(const Task *task, Progress *progress) { return ClassSums(*task, *progress).run(); }
-extern "C" int classify(const Task *task, Progress *progress) { return Classify(*task, *progress).run(); }
+EXPORT int class_sums(const Task *task, Progress *progress) { return ClassSums(*task, *progress).run(); }
+EXPORT int classify(const Task *task, Progress *progress) { return Classify(*task, *progress).run(); }
 
 // out = grad[n] * factors[n], in the dtype of the logits.
-extern "C" void scale_grad(int dtype, int64_t images, int64_t size, real *grad, real *factors, void *out) {
+EXPORT void scale_grad(int dtype, int64_t images, int64_t size, real *grad, real *factors, void *out) {
     with_type(dtype, out, [&](auto *to) {
         for (int64_t n = 0; n < images; n++)
             for (int64_t k = n * size; k < (n + 1) * size; k++) assign(to[k], grad[k] * factors[n]);
