@@ -18,7 +18,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 # A wheel's platform: the libraries' suffix, and the target and processor of each level. The kernels
-# need malloc, free, memset and memcpy: of glibc those of 2.17, the oldest whose tag pip knows today.
+# need memory and its functions only: of glibc's versions, the oldest that pip's tags name.
 PLATFORMS = {
     "manylinux_2_17_x86_64": (
         ".so",
@@ -58,14 +58,12 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         for level, (target, processor) in levels.items():
             for precision, options in {"single": [], "double": ["-DDOUBLE"]}.items():
                 library = self.scratch / f"cpu-{level}-{precision}{suffix}"
-                subprocess.run(
-                    [
-                        *(sys.executable, "-m", "ziglang", "cc", "-target", target),
-                        *(f"-mcpu={processor}", "-s", *FLAGS, *options),
-                        *(str(SOURCE), "-o", str(library)),
-                    ],
-                    check=True,
-                )
+                # In two steps: Zig would compile its own libraries anew for every level.
+                zig = [sys.executable, "-m", "ziglang", "cc", "-target", target]
+                compiled = [f"-mcpu={processor}", "-c", *FLAGS, *options, str(SOURCE)]
+                subprocess.run([*zig, *compiled, "-o", f"{library}.o"], check=True)
+                linked = ["-shared", "-s", f"{library}.o"]
+                subprocess.run([*zig, *linked, "-o", str(library)], check=True)
                 build_data["force_include"][str(library)] = f"maxsquare/engine/{library.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"

@@ -1,10 +1,10 @@
 // Calls every exported kernel on made-up logits and prints what it gives, where there is no Python.
-// task.h: the part of cpu.cpp that describes a task.
+// call.h: the part of cpu.cpp that describes a call.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "task.h"
+#include "call.h"
 
 #ifdef DOUBLE
 typedef double real;
@@ -14,9 +14,9 @@ typedef float real;
 static const int DTYPE = FLOAT32;
 #endif
 
-extern "C" int weighted_sum(const Task *task, Progress *progress);
-extern "C" int class_sums(const Task *task, Progress *progress);
-extern "C" int classify(const Task *task, Progress *progress);
+extern "C" int weighted_sum(const Call *call, Progress *progress);
+extern "C" int class_sums(const Call *call, Progress *progress);
+extern "C" int classify(const Call *call, Progress *progress);
 extern "C" void scale_grad(int dtype, int64_t images, int64_t size, real *grad, real *factors, void *out);
 
 enum { N = 2, C = 19, SOURCE_H = 6, SOURCE_W = 9, H = 20, W = 31 };
@@ -39,19 +39,14 @@ template <class T> static void print(const char *name, const T *values, int coun
     printf("\n");
 }
 
-static TensorView view(real *data, int height, int width) {
-    TensorView view = {};
-    view.data = data;
-    int64_t plane = height * width, stride[] = {C * plane, plane, plane, width, 1};
-    for (int k = 0; k < 5; k++) view.stride[k] = stride[k];
-    view.rows = {height - 1, 0, H - 1, height, H};
-    view.columns = {width - 1, 0, W - 1, width, W};
-    return view;
+static Tensor tensor(real *data, int height, int width) {
+    int64_t plane = height * width;
+    return {data, {N, C, height, width}, {C * plane, plane, width, 1}};
 }
 
-static void call(int (*kernel)(const Task *, Progress *), const Task &task) {
+static void run(int (*kernel)(const Call *, Progress *), const Call &call) {
     for (int64_t &partial : partials) partial = 0;
-    if (!kernel(&task, (Progress *)partials)) exit(1);
+    if (!kernel(&call, (Progress *)partials)) exit(1);
 }
 
 int main() {
@@ -62,32 +57,31 @@ int main() {
     for (int upsampled = 0; upsampled < 2; upsampled++) {
         const int height = upsampled ? SOURCE_H : H, width = upsampled ? SOURCE_W : W;
         const int size = C * height * width;
-        Task task = {};
-        task.z = view(z, height, width);
-        task.guide = view(guide, height, width);
-        task.valid = valid;
-        task.y = y;
-        task.weights = weights;
-        task.images = N, task.classes = task.channels = C, task.length = H * W;
-        task.shape[0] = 1, task.shape[1] = H, task.shape[2] = W;
-        task.chunk_size = upsampled ? 2 : 100;
-        task.chunks = upsampled ? SOURCE_H / 2 : (H * W + 99) / 100;
-        task.ignore_index = -1;
-        task.threshold = 0.5, task.has_threshold = 1;
-        task.dtype = DTYPE, task.upsampled = upsampled, task.by_class = 1;
-        task.result = counts;
-        call(classify, task);
+        Call call = {};
+        call.z = tensor(z, height, width);
+        call.guide = tensor(guide, height, width);
+        call.valid = valid;
+        call.y = y;
+        call.weights = weights;
+        if (upsampled) call.height = H, call.width = W, call.align_corners = 1;
+        call.chunk_size = upsampled ? 2 : 100;
+        call.chunks = upsampled ? SOURCE_H / 2 : (H * W + 99) / 100;
+        call.ignore_index = -1;
+        call.threshold = 0.5, call.has_threshold = 1;
+        call.dimensions = 4, call.dtype = DTYPE, call.by_class = 1;
+        call.result = counts;
+        run(classify, call);
         print("y", y, N * H * W);
         print("counts", counts, N * (C + 1));
-        task.result = sums;
-        call(class_sums, task);
+        call.result = sums;
+        run(class_sums, call);
         print("class_sums", sums, N * C);
-        task.grad = view(grad, height, width);
+        call.grad = tensor(grad, height, width);
         for (int kind = SQUARE; kind <= LINEAR; kind++) {
-            task.kind = kind;
-            task.q = kind == SQUARE ? 2 : kind == POWER ? 0.5 : 1.0001;
-            task.shift = 0.3, task.constant = 0.2;
-            call(weighted_sum, task);
+            call.kind = kind;
+            call.q = kind == SQUARE ? 2 : kind == POWER ? 0.5 : 1.0001;
+            call.shift = 0.3, call.constant = 0.2;
+            run(weighted_sum, call);
             print("sums", sums, N);
             print("grad", grad, N * size);
         }

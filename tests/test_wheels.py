@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[1]
 EXPORTS = {
     *("classify", "class_sums", "weighted_sum", "scale_grad"),
-    *("task_bytes", "progress_bytes"),
+    *("call_bytes", "progress_bytes"),
 }
 LEVELS = {
     "manylinux_2_17_x86_64": ["x86-64-v3", "x86-64-v4"],
@@ -108,13 +108,14 @@ def text_at(content: bytes, offset: int) -> str:
 
 
 def check_elf(content: bytes, machine: int) -> None:
-    assert content[:6] == b"\x7fELF\x02\x01" and struct.unpack_from("<HH", content, 16) == (3, machine)
+    assert content[:6] == b"\x7fELF\x02\x01" and struct.unpack_from("<HH", content, 16) == (
+        3,
+        machine,
+    )
     (offset,) = struct.unpack_from("<Q", content, 0x28)
     size, count = struct.unpack_from("<HH", content, 0x3A)
     # Type, offset, size, and the section of the texts, of each section.
-    sections = [
-        struct.unpack_from("<4xI16xQQI", content, offset + k * size) for k in range(count)
-    ]
+    sections = [struct.unpack_from("<4xI16xQQI", content, offset + k * size) for k in range(count)]
     exported, needed, libraries = set(), set(), set()
     for kind, start, length, texts in sections:
         if kind == 11:  # symbols for the loader
@@ -128,7 +129,9 @@ def check_elf(content: bytes, machine: int) -> None:
         # Debugging information and other symbols are stripped.
         assert kind != 2
     assert exported >= EXPORTS
-    assert needed <= {"malloc", "free", "memset", "memcpy", "memmove"} and libraries == {"libc.so.6"}
+    assert needed <= {"malloc", "free", "memset", "memcpy", "memmove"} and libraries == {
+        "libc.so.6"
+    }
     # The tag's promise: no newer version of glibc is named.
     versions = re.findall(rb"GLIBC_2\.(\d+)", content)
     assert versions and max(map(int, versions)) <= 17
@@ -180,7 +183,7 @@ def check_pe(content: bytes) -> None:
     addresses = struct.unpack_from(f"<{names}I", content, offset_of(number))
     assert {text_at(content, offset_of(address)) for address in addresses} == EXPORTS
     dependencies = []
-    while (address := struct.unpack_from("<12xI", content, imports)[0]):
+    while address := struct.unpack_from("<12xI", content, imports)[0]:
         dependencies.append(text_at(content, offset_of(address)).lower())
         imports += 20
     # What every Windows 10 has.
@@ -229,7 +232,9 @@ def test_a_wheel_runs_without_a_compiler(
     )
     assert run.returncode == 0, run.stderr
     names = run.stdout.splitlines()[-2:]
-    assert [Path(name).parent for name in names] == [unpacked[platform] / "maxsquare" / "engine"] * 2
+    assert [Path(name).parent for name in names] == [
+        unpacked[platform] / "maxsquare" / "engine"
+    ] * 2
     assert not list(tmp_path.iterdir())
 
 
@@ -237,7 +242,7 @@ def build_driver(library: Path, precision: str, target: str, folder: Path) -> Pa
     """A program that calls a library, without Python."""
     source = libraries.SOURCE.read_text(encoding="utf-8")
     part = source[source.index("enum Dtype") : source.index("// Vectors")]
-    (folder / "task.h").write_text(re.sub("^EXPORT.*", "", part, flags=re.MULTILINE))
+    (folder / "call.h").write_text(re.sub("^EXPORT.*", "", part, flags=re.MULTILINE))
     shutil.copy(library, folder)
     program = folder / ("driver.exe" if "windows" in target else "driver")
     # Of a DLL the driver's linker needs the list of names; of the others the library itself.

@@ -109,7 +109,7 @@ def try_out(network: nn.Module, sizes: Iterable[tuple[int, int]], name: str) -> 
 
 def load_weights(network: nn.Module, path: Path) -> None:
     """Give a network the weights of a file; UserError if they do not fit completely."""
-    first = next(iter(network.state_dict()))
+    first = next(iter(network.state_dict()), "")
     weights = checkpoint.strip_prefix(checkpoint.read_weights(path), first)
     checkpoint.load_weights(network, weights, path)
 

@@ -28,33 +28,27 @@ enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, UINT8, INT8, INT16, INT32, INT
 // As in potentials.py.
 enum Kind { SQUARE, SHANNON, POWER, NEAR_ONE, CROSS_ENTROPY, LINEAR };
 
-// Pixel k of an axis lies at source position (k * scale + offset) / denominator.
-struct Axis {
-    int64_t scale, offset, denominator, source, size;
-};
-
-// A tensor (N, C, *spatial). Strides in elements: of images, channels, three spatial dimensions.
-struct TensorView {
+// A tensor (N, C, *spatial). Strides in elements; what is beyond the last dimension is 0.
+struct Tensor {
     void *data;
-    int64_t stride[5];
-    Axis rows, columns;  // if it is upsampled
+    int64_t shape[5], stride[5];
 };
 
 // What to compute. Pointers are NULL where there is no such tensor.
-struct Task {
-    TensorView z, guide, grad;  // an upsampled gradient is contiguous
-    const void *labels;         // of any integer dtype
+struct Call {
+    Tensor z, guide, grad;  // an upsampled gradient is contiguous
+    const void *labels;     // of any integer dtype
     const uint8_t *valid;
     void *y;              // written by classify, read by weighted_sum
     const void *weights;  // (N, C) or (N, 1)
     void *result;         // weighted_sum: (N,); class_sums: (N, C); classify: (N, C + 1) counts
-    int64_t images, classes, channels, length, shape[3];
+    int64_t height, width;       // to which logits are upsampled; 0: they are not
     int64_t chunks, chunk_size;  // of an image; pixels, or rows of cells, of a chunk
     int64_t ignore_index;
     double q, shift, constant, threshold;
-    int32_t dtype, label_dtype, wide_index, kind, upsampled, flat, by_class, has_threshold;
+    int32_t dimensions, align_corners, binary, dtype, label_dtype, wide_index, kind, by_class, has_threshold;
 };
-EXPORT const int64_t task_bytes = sizeof(Task);
+EXPORT const int64_t call_bytes = sizeof(Call);
 
 // What the threads share: zeros at first. The partial results of all chunks follow it in memory.
 struct Progress {
@@ -227,7 +221,68 @@ static int64_t integer_at(int dtype, const void *data, int64_t k) {
     }
 }
 
-// Chunks -------------------------------------------------------------------------------------------
+// Tasks --------------------------------------------------------------------------------------------
+
+// Pixel k of an axis lies at source position (k * scale + offset) / denominator. These are the
+// positions of F.interpolate as exact fractions: in float32 one far from the origin would lose most
+// of its digits.
+struct Axis {
+    int64_t scale, offset, denominator, source, size;
+};
+
+static Axis make_axis(int64_t source, int64_t size, bool align_corners) {
+    if (!align_corners) return {2 * source, source - size, 2 * size, source, size};
+    return {source > 1 ? source - 1 : 1, 0, size > 1 ? size - 1 : 1, source, size};
+}
+
+// A tensor with three spatial dimensions; those that it has not come first.
+struct View {
+    void *data;
+    int64_t shape[3], stride[5];
+    Axis rows, columns;  // if it is upsampled
+
+    View(const Call &call, const Tensor &tensor) : data(tensor.data), shape{1, 1, 1}, stride{} {
+        stride[0] = tensor.stride[0], stride[1] = tensor.stride[1];
+        for (int d = 2; d < call.dimensions; d++) {
+            shape[d + 3 - call.dimensions] = tensor.shape[d];
+            stride[d + 5 - call.dimensions] = tensor.stride[d];
+        }
+        rows = make_axis(shape[1], call.height, call.align_corners);
+        columns = make_axis(shape[2], call.width, call.align_corners);
+    }
+
+    // Whether one stride leads through all spatial dimensions; it becomes that of the last one.
+    bool make_flat() {
+        int64_t step = -1, expected = -1;
+        for (int d = 2; d >= 0; d--) {
+            if (shape[d] == 1) continue;
+            if (step < 0) step = expected = stride[2 + d];
+            if (stride[2 + d] != expected) return false;
+            expected *= shape[d];
+        }
+        stride[4] = step;
+        return true;
+    }
+};
+
+// A call, and what follows from it.
+struct Task : Call {
+    const int64_t images, channels, classes;
+    const bool upsampled;
+    View z, guide, grad;
+    int64_t length, shape[3];
+    bool flat;
+
+    explicit Task(const Call &call)
+        : Call(call), images(call.z.shape[0]), channels(call.z.shape[1]), classes(binary ? 2 : channels),
+          upsampled(height), z(call, call.z), guide(call, call.guide), grad(call, call.grad) {
+        memcpy(shape, z.shape, sizeof shape);
+        if (upsampled) shape[1] = height, shape[2] = width;
+        length = shape[0] * shape[1] * shape[2];
+        flat = !upsampled && z.make_flat() && (!guide.data || guide.make_flat()) &&
+               (!grad.data || grad.make_flat());
+    }
+};
 
 // Pixels of a chunk of pixels.
 static int64_t begin_of(const Task &task, int64_t chunk) { return chunk * task.chunk_size; }
@@ -265,7 +320,7 @@ struct Scratch {
 
 // Calls visit(x[c * tile + k], element) for the pixels of a tile, in the order of their memory.
 template <class T, class Visit>
-INLINE void visit_tile(const Task &task, const TensorView &view, T *data, int64_t n, int64_t pixel,
+INLINE void visit_tile(const Task &task, const View &view, T *data, int64_t n, int64_t pixel,
                        int count, int tile, real *x, Visit visit) {
     const int64_t *shape = task.shape, *stride = view.stride;
     data += n * stride[0];
@@ -283,7 +338,7 @@ INLINE void visit_tile(const Task &task, const TensorView &view, T *data, int64_
     }
 }
 
-OUTLINE static void read_pixels(const Task &task, const TensorView &view, int64_t n, int64_t pixel, int count,
+OUTLINE static void read_pixels(const Task &task, const View &view, int64_t n, int64_t pixel, int count,
                         int tile, real *x) {
     with_type(task.dtype, view.data, [&](auto *data) {
         visit_tile(task, view, data, n, pixel, count, tile, x, [](real &x, auto &z) { x = z; });
@@ -330,7 +385,7 @@ static int64_t first_pixel(const Axis &axis, int64_t i) {
 struct Reader {
     const Task &task;
     Progress &progress;
-    const TensorView &view;
+    const View &view;
     const int tile;
     int64_t image = -1, tile_column = -1, source_row = -1;  // of `top`
     int32_t *index;      // source index of all columns of the result
@@ -338,13 +393,13 @@ struct Reader {
     real *source;        // a source row
     real *top, *bottom;  // (channels, tile): the source rows around, interpolated along the row
 
-    static int64_t bytes(const Task &task, const TensorView &view, int tile) {
+    static int64_t bytes(const Task &task, const View &view, int tile) {
         if (!task.upsampled) return 0;
         int64_t reals = view.columns.size + view.columns.source + 1 + 2 * task.channels * tile;
         return 5 * 64 + view.columns.size * sizeof(int32_t) + reals * sizeof(real);
     }
 
-    Reader(const Task &task, Progress &progress, const TensorView &view, int tile, Scratch &scratch)
+    Reader(const Task &task, Progress &progress, const View &view, int tile, Scratch &scratch)
         : task(task), progress(progress), view(view), tile(tile) {
         if (!scratch.memory || !task.upsampled) return;
         index = scratch.take<int32_t>(view.columns.size);
@@ -884,26 +939,31 @@ struct Classify {
 
 // Entry --------------------------------------------------------------------------------------------
 
-// Every thread calls an operator with the same task and progress. It returns 0 where there is no
-// memory for the scratch.
+// Every thread makes the same call with the same progress. It returns 0 where there is no memory for
+// the scratch.
 
 template <int KIND> static bool run_weighted_sum(const Task &task, Progress &progress) {
     return task.grad.data ? WeightedSum<KIND, true>(task, progress).run()
                           : WeightedSum<KIND, false>(task, progress).run();
 }
 
-EXPORT int weighted_sum(const Task *task, Progress *progress) {
-    switch (task->kind) {
-        case SQUARE: return run_weighted_sum<SQUARE>(*task, *progress);
-        case SHANNON: return run_weighted_sum<SHANNON>(*task, *progress);
-        case POWER: return run_weighted_sum<POWER>(*task, *progress);
-        case NEAR_ONE: return run_weighted_sum<NEAR_ONE>(*task, *progress);
-        case CROSS_ENTROPY: return run_weighted_sum<CROSS_ENTROPY>(*task, *progress);
-        default: return run_weighted_sum<LINEAR>(*task, *progress);
+EXPORT int weighted_sum(const Call *call, Progress *progress) {
+    const Task task(*call);
+    switch (task.kind) {
+        case SQUARE: return run_weighted_sum<SQUARE>(task, *progress);
+        case SHANNON: return run_weighted_sum<SHANNON>(task, *progress);
+        case POWER: return run_weighted_sum<POWER>(task, *progress);
+        case NEAR_ONE: return run_weighted_sum<NEAR_ONE>(task, *progress);
+        case CROSS_ENTROPY: return run_weighted_sum<CROSS_ENTROPY>(task, *progress);
+        default: return run_weighted_sum<LINEAR>(task, *progress);
     }
 }
-EXPORT int class_sums(const Task *task, Progress *progress) { return ClassSums(*task, *progress).run(); }
-EXPORT int classify(const Task *task, Progress *progress) { return Classify(*task, *progress).run(); }
+EXPORT int class_sums(const Call *call, Progress *progress) {
+    return ClassSums(Task(*call), *progress).run();
+}
+EXPORT int classify(const Call *call, Progress *progress) {
+    return Classify(Task(*call), *progress).run();
+}
 
 // out = grad[n] * factors[n], in the dtype of the logits.
 EXPORT void scale_grad(int dtype, int64_t images, int64_t size, real *grad, real *factors, void *out) {

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maxsquare.engine.layout import axis, flat_stride, strides
 from maxsquare.engine.libraries import library
 from maxsquare.engine.plain import LogitsSpec, accumulation_dtype, index_dtype
 from maxsquare.potentials import Potential, Tsallis
@@ -38,10 +37,10 @@ DTYPES = {
         )
     )
 }
-# As `Task` in cpu.cpp: three views of tensors, pointers, integers, numbers, options.
-TASK = struct.Struct("@" + 3 * "P5q5q5q" + "5P" + "10q" + "4d" + "8i")
-NO_TENSOR = (0,) * 16
-NO_AXES = (0,) * 10
+# As `Call` in cpu.cpp: three tensors, five pointers, integers, numbers, options.
+CALL = struct.Struct("@" + 3 * "P5q5q" + "5P" + "5q" + "4d" + "9i" + "0q")
+NO_TENSOR = (0,) * 11
+PADDING = ((0,) * 3, (0,) * 2, (0,), ())  # by the number of spatial dimensions
 
 
 class Progress(ctypes.Structure):
@@ -152,45 +151,41 @@ def run(
     partial_bytes: of the partial result of each chunk.
     """
     images, channels, *spatial = z.shape
-    classes = spec.classes(z)
-    shape = spec.size or spatial
-    length = math.prod(shape)
+    height, width = spec.size or (0, 0)
+    length = height * width if height else math.prod(spatial)
     # Labels have the resolution of the result.
-    if spec.size is None or labels is not None:
+    if not height or labels is not None:
         chunk_size = CHUNK_PIXELS
         chunks = -(-length // chunk_size)
     else:
         chunk_size = max(-(-spatial[0] // CHUNKS_OF_CELLS), 1)
         chunks = -(-spatial[0] // chunk_size)
-    flat = spec.size is None and all(
-        flat_stride(tensor) is not None for tensor in (z, guide, grad) if tensor is not None
-    )
     valid = None if valid is None else valid.contiguous()
     q = shift = offset = 0.0
     if isinstance(potential, Tsallis):
         q, shift, offset = potential.q, potential.shift(), potential.offset
-    task = TASK.pack(
-        *view(z, flat, spec),
-        *(NO_TENSOR if guide is None else view(guide, flat, spec)),
-        *(NO_TENSOR if grad is None else view(grad, flat, spec)),
+    call = CALL.pack(
+        *pack(z),
+        *(NO_TENSOR if guide is None else pack(guide)),
+        *(NO_TENSOR if grad is None else pack(grad)),
         *(pointer(labels), pointer(valid), pointer(y), pointer(weights), result.data_ptr()),
-        *(images, classes, channels, length, *(1,) * (3 - len(shape)), *shape),
-        *(chunks, chunk_size, ignore_index),
+        *(height, width, chunks, chunk_size, ignore_index),
         *(q, shift, shift + offset, threshold or 0.0),
+        2 + len(spatial),
+        spec.align_corners,
+        spec.binary,
         DTYPES[z.dtype],
         0 if labels is None else DTYPES[labels.dtype],
         y is not None and y.dtype != torch.int8,
         0 if potential is None else potential.kind(),
-        spec.size is not None,
-        flat,
         weights is not None and weights.shape[1] > 1,
         threshold is not None,
     )
     total = images * chunks
     partials = bytearray(ctypes.sizeof(Progress) + total * partial_bytes)
-    arguments = (task, ctypes.byref(Progress.from_buffer(partials)))
+    arguments = (call, ctypes.byref(Progress.from_buffer(partials)))
     kernel = getattr(kernels(z.dtype), operator)
-    threads = min(total, images * length * classes // LOGITS_PER_THREAD)
+    threads = min(total, images * channels * length // LOGITS_PER_THREAD)
     futures = []
     if threads > 1:
         # A thread may outlive an interrupt of its caller: the tensors must live as long.
@@ -204,13 +199,11 @@ def run(
         raise MemoryError("no memory for the scratch of maxsquare's kernels")
 
 
-def view(tensor: Tensor, flat: bool, spec: LogitsSpec) -> tuple[int, ...]:
-    """As `TensorView` in cpu.cpp."""
-    axes = NO_AXES
-    if spec.size is not None:
-        (height, width), (rows, columns) = spec.size, tensor.shape[2:]
-        axes = (*axis(rows, height, spec.align_corners), *axis(columns, width, spec.align_corners))
-    return tensor.data_ptr(), *strides(tensor, flat), *axes
+def pack(tensor: Tensor) -> tuple[int, ...]:
+    """As `Tensor` in cpu.cpp."""
+    shape = tensor.shape
+    padding = PADDING[len(shape) - 2]
+    return tensor.data_ptr(), *shape, *padding, *tensor.stride(), *padding
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -227,7 +220,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL:
 @functools.cache
 def checked(library: ctypes.CDLL) -> ctypes.CDLL:
     """The same, if C++ and Python agree on what they exchange."""
-    for name, size in (("task_bytes", TASK.size), ("progress_bytes", ctypes.sizeof(Progress))):
+    for name, size in (("call_bytes", CALL.size), ("progress_bytes", ctypes.sizeof(Progress))):
         assert ctypes.c_int64.in_dll(library, name).value == size, name
     numbers, pointers = (ctypes.c_int, *[ctypes.c_int64] * 2), [ctypes.c_void_p] * 3
     library.scale_grad.argtypes = (*numbers, *pointers)
