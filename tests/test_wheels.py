@@ -5,7 +5,6 @@ ELF, Mach-O and PE are read as their specifications have it, by the few fields t
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.util
 import os
 import re
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from maxsquare.engine import libraries
 

@@ -34,7 +34,8 @@ FLAGS = (
 )
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 NATIVE = "-mcpu=native" if ARM else "-march=native"
-COMPILER_SECONDS = 120
+# Zig compiles its own libraries before the first program: minutes on a slow machine.
+COMPILER_SECONDS = 300
 ADVICE = {
     "darwin": "pip install ziglang, or xcode-select --install",
     "win32": "pip install ziglang; cl of Visual Studio does not take the options",
@@ -143,7 +144,7 @@ def compilers() -> Iterator[list[str]]:
             # One that is not there is a problem to tell.
             yield [shutil.which(program) or program, *options]
         return
-    # On Windows these make libraries for which the tools of Visual Studio are needed.
+    # On Windows clang needs the tools of Visual Studio, and GCC does not align the stack for vectors.
     for program in () if sys.platform == "win32" else ("cc", "gcc", "clang"):
         if path := shutil.which(program):
             yield [path]
