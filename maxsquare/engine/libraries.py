@@ -78,10 +78,9 @@ def find_library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 def ready_made(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The library that came with the wheel for this processor, if one did."""
+    precision = "double" if dtype == torch.float64 else "single"
     for level in levels():
-        for path in SOURCE.parent.glob(
-            f"cpu-{level}-{'double' if is_double(dtype) else 'single'}.*"
-        ):
+        for path in SOURCE.parent.glob(f"cpu-{level}-{precision}.*"):
             with contextlib.suppress(OSError):  # on a file system from which nothing is executed
                 return open_library(path)
     return None
@@ -93,11 +92,8 @@ def levels() -> tuple[str, ...]:
         return ("arm64",)
     # PyTorch asks the processor on every system. Those with AVX2 and FMA have all of x86-64-v3,
     # those with AVX-512 BW, DQ and VL all of x86-64-v4.
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {
-        "AVX512": ("x86-64-v4", "x86-64-v3"),
-        "AVX2": ("x86-64-v3",),
-    }.get(capability, ())
+    known = {"AVX512": ("x86-64-v4", "x86-64-v3"), "AVX2": ("x86-64-v3",)}
+    return known.get(torch.backends.cpu.get_cpu_capability(), ())
 
 
 # Compiled -----------------------------------------------------------------------------------------
@@ -110,7 +106,7 @@ def compiled(dtype: torch.dtype) -> ctypes.CDLL:
             f"neither a ready-made library nor their source is at {SOURCE}. "
             "A frozen application must take both along"
         )
-    flags = (*FLAGS, "-DDOUBLE") if is_double(dtype) else FLAGS
+    flags = (*FLAGS, "-DDOUBLE") if dtype == torch.float64 else FLAGS
     # What the library computes, and for which processor: any compiler's will do where none works.
     # Another compiler, or another version, compiles anew, as it may be faster or have lost a bug.
     content = digest(SOURCE.read_bytes(), repr(flags), processor())
@@ -144,7 +140,7 @@ def compilers() -> Iterator[list[str]]:
             # One that is not there is a problem to tell.
             yield [shutil.which(program) or program, *options]
         return
-    # On Windows clang needs the tools of Visual Studio, and GCC does not align the stack for vectors.
+    # On Windows clang needs Visual Studio, and GCC does not align the stack for vectors.
     for program in () if sys.platform == "win32" else ("cc", "gcc", "clang"):
         if path := shutil.which(program):
             yield [path]
@@ -245,14 +241,11 @@ def keep(fresh: Path, key: str) -> Path:
 
 
 def open_library(path: Path) -> ctypes.CDLL:
+    """The library of a file; OSError: it cannot be loaded, or is another."""
     kernels = ctypes.CDLL(str(path))
     if not hasattr(kernels, "weighted_sum"):
         raise OSError(f"{path}: does not export the kernels")
     return kernels
-
-
-def is_double(dtype: torch.dtype) -> bool:
-    return dtype == torch.float64
 
 
 def cache_folder() -> Path:
