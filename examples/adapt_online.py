@@ -3,9 +3,10 @@
     python examples/adapt_online.py runs/demo-maxsquare-iw-multi-seed0/source-only/last.pt
 
 Every image is predicted once, when it arrives, before the network learns from it, and no source
-image is needed. The script compares four networks: the network as it was trained; one whose
-BatchNorm uses the statistics of each batch; and two that also learn BatchNorm's scales and shifts
-from each batch, by its entropy (TENT, Wang et al., ICLR 2021) or by its maximum squares loss.
+image is needed. The script compares five networks: the network as it was trained; one whose
+BatchNorm uses the statistics of each batch; and three that also learn BatchNorm's scales and shifts
+from each batch, by its entropy (TENT, Wang et al., ICLR 2021), by its maximum squares loss, or by
+that loss with information maximisation, which keeps classes from being lost.
 integrations/tent_segmentation.py shows the same in forty lines, for a network of your own.
 """
 

@@ -284,7 +284,7 @@ def test_low_weight_zero_leaves_the_low_head_alone() -> None:
 def test_methods_take_their_settings() -> None:
     loss = methods(ratio=0.5, threshold=0.8, low_weight=0.3)["maxsquare-iw-multi"]
     assert isinstance(loss, maxsquare.MultiLevelLoss)
-    assert (loss.target_loss.ratio, loss.guidance.threshold, loss.weight) == (0.5, 0.8, 0.3)
+    assert (loss.target_loss.ratio, loss.threshold, loss.weight) == (0.5, 0.8, 0.3)
     assert METHODS["source"] is None
 
 

@@ -127,7 +127,7 @@ def check_elf(content: bytes, machine: int) -> None:
         # Debugging information and other symbols are stripped.
         assert kind != 2
     assert exported >= EXPORTS
-    assert needed <= {"malloc", "free", "memset", "memcpy", "memmove"} and libraries == {
+    assert needed <= {"malloc", "free", "memset", "memcpy", "memmove", "madvise"} and libraries == {
         "libc.so.6"
     }
     # The tag's promise: no newer version of glibc is named.

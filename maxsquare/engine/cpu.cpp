@@ -15,6 +15,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #ifdef _WIN32
 #define EXPORT extern "C" __declspec(dllexport)
@@ -110,6 +113,7 @@ INLINE Integers load(const integer *from) {
     return x;
 }
 INLINE void store(real *to, Reals x) { memcpy(to, &x, sizeof x); }
+INLINE void store(integer *to, Integers x) { memcpy(to, &x, sizeof x); }
 INLINE Reals splat(real x) { return Reals{} + x; }
 INLINE Reals at_least(Reals x, real least) { return x < least ? splat(least) : x; }
 
@@ -211,13 +215,14 @@ template <class Visit> INLINE void with_type(int dtype, void *data, Visit visit)
     visit((real *)data);
 }
 
-static int64_t integer_at(int dtype, const void *data, int64_t k) {
+// Likewise, for integers.
+template <class Visit> INLINE void with_integers(int dtype, const void *data, Visit visit) {
     switch (dtype) {
-        case UINT8: return ((const uint8_t *)data)[k];
-        case INT8: return ((const int8_t *)data)[k];
-        case INT16: return ((const int16_t *)data)[k];
-        case INT32: return ((const int32_t *)data)[k];
-        default: return ((const int64_t *)data)[k];
+        case UINT8: return visit((const uint8_t *)data);
+        case INT8: return visit((const int8_t *)data);
+        case INT16: return visit((const int16_t *)data);
+        case INT32: return visit((const int32_t *)data);
+        default: return visit((const int64_t *)data);
     }
 }
 
@@ -317,6 +322,16 @@ struct Scratch {
         return (T *)aligned;
     }
 };
+
+// Asks the system for large pages. Memory that was never used costs a fault for each page, which for
+// 4 KiB of a full-resolution gradient takes longer than to compute it.
+static void use_large_pages(void *data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 21;
+    uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + bytes) & ~(page - 1);
+    if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // Calls visit(x[c * tile + k], element) for the pixels of a tile, in the order of their memory.
 template <class T, class Visit>
@@ -481,7 +496,7 @@ struct Reader {
 // Calls visit(row, column, count, pixel) for the tiles of a chunk; see Reader::read.
 template <class Visit> INLINE void for_tiles(const Task &task, int64_t chunk, int tile, Visit visit) {
     const Axis &rows = task.z.rows, &columns = task.z.columns;
-    const bool is_up = task.upsampled;
+    const bool is_up = task.upsampled && !task.labels;  // which have the resolution of the result
     const int64_t first = is_up ? first_pixel(rows, chunk * task.chunk_size) : 0;
     const int64_t last = is_up ? first_pixel(rows, (chunk + 1) * task.chunk_size) : 1;
     const int64_t end = is_up ? columns.size : end_of(task, chunk);
@@ -863,70 +878,84 @@ struct Classify {
     const Task &task;
     Progress &progress;
     const int tile;
+    const int64_t bins;
     int64_t *const partial_counts;
     Scratch scratch;
     Reader z, guide;
     real *x, *g;
+    integer *y;
+    int64_t *counts;  // of a chunk: (TABLES, 1 + bins), the first bin for -1
+
+    // Neighbouring pixels count in other tables, so that no count waits for the one before.
+    static const int TABLES = 4;
 
     Classify(const Task &task, Progress &progress)
-        : task(task), progress(progress), tile(tile_of(task)), partial_counts((int64_t *)(&progress + 1)),
-          scratch(2 * 64 + 2 * task.classes * tile * (int64_t)sizeof(real) +
+        : task(task), progress(progress), tile(tile_of(task)), bins(task.classes + 1),
+          partial_counts((int64_t *)(&progress + 1)),
+          scratch(4 * 64 + (2 * task.classes + 1) * tile * (int64_t)sizeof(real) +
+                  TABLES * (1 + bins) * (int64_t)sizeof(int64_t) +
                   Reader::bytes(task, task.z, tile) + Reader::bytes(task, task.guide, tile)),
           z(task, progress, task.z, tile, scratch), guide(task, progress, task.guide, tile, scratch) {
         if (!scratch.memory) return;
         x = scratch.take<real>(task.classes * tile);
         g = scratch.take<real>(task.classes * tile);
+        y = scratch.take<integer>(tile);
+        counts = scratch.take<int64_t>(TABLES * (1 + bins));
     }
 
     bool run() {
         if (!scratch.memory) return false;
-        if (for_chunks(task, progress, [&](int64_t n, int64_t chunk) {
-                task.labels ? labels(n, chunk) : tiles(n, chunk);
-            }))
-            finish();
+        if (for_chunks(task, progress, [&](int64_t n, int64_t chunk) { tiles(n, chunk); })) finish();
         return true;
     }
 
-    void labels(int64_t n, int64_t chunk) {
-        for (int64_t pixel = begin_of(task, chunk); pixel < end_of(task, chunk); pixel++) {
-            int64_t label = integer_at(task.label_dtype, task.labels, n * task.length + pixel);
-            if (label == task.ignore_index || label == -1)
-                label = -1;
-            else if (label < 0 || label > task.classes)
-                label = task.classes;
-            write(n, chunk, pixel, label);
-        }
+    void tiles(int64_t n, int64_t chunk) {
+        memset(counts, 0, TABLES * (1 + bins) * sizeof(int64_t));
+        for_tiles(task, chunk, tile, [&](int64_t row, int64_t column, int count, int64_t pixel) {
+            if (task.labels)
+                read_labels(n * task.length + pixel, count);
+            else
+                predict_tile(n, row, column, count);
+            write(n * task.length + pixel, count);
+        });
+        int64_t *partial = partial_counts + (n * task.chunks + chunk) * bins;
+        for (int table = 0; table < TABLES; table++)
+            for (int64_t bin = 0; bin < bins; bin++) partial[bin] += counts[table * (1 + bins) + 1 + bin];
     }
 
-    void tiles(int64_t n, int64_t chunk) {
-        for_tiles(task, chunk, tile, [&](int64_t row, int64_t column, int count, int64_t pixel) {
-            z.read(n, row, column, count, x);
-            if (task.guide.data) guide.read(n, row, column, count, g);
-            if (task.classes > task.channels) {
-                memset(x + tile, 0, tile * sizeof(real));
-                memset(g + tile, 0, tile * sizeof(real));
-            }
-            for (int k = 0; k < count; k += LANES) {
-                Integers y = predict(task, x + k, g + k, tile);
-                for (int lane = 0; lane < LANES && k + lane < count; lane++)
-                    write(n, chunk, pixel + k + lane, y[lane]);
+    OUTLINE void read_labels(int64_t at, int count) {
+        with_integers(task.label_dtype, task.labels, [&](auto *labels) {
+            for (int k = 0; k < count; k++) {
+                int64_t label = labels[at + k];
+                bool is_known = label >= 0 && label < task.classes;
+                bool is_ignored = label == -1 || label == task.ignore_index;
+                y[k] = (integer)(is_ignored ? -1 : is_known ? label : task.classes);
             }
         });
     }
 
-    // Writes the class of a pixel, and counts it.
-    void write(int64_t n, int64_t chunk, int64_t pixel, int64_t y) {
-        int64_t at = n * task.length + pixel;
-        if (task.valid && !task.valid[at]) y = -1;
-        if (y >= 0) partial_counts[(n * task.chunks + chunk) * (task.classes + 1) + y]++;
+    void predict_tile(int64_t n, int64_t row, int64_t column, int count) {
+        z.read(n, row, column, count, x);
+        if (task.guide.data) guide.read(n, row, column, count, g);
+        if (task.classes > task.channels) {
+            memset(x + tile, 0, tile * sizeof(real));
+            memset(g + tile, 0, tile * sizeof(real));
+        }
+        for (int k = 0; k < count; k += LANES) store(y + k, predict(task, x + k, g + k, tile));
+    }
+
+    // Writes and counts the classes of pixels.
+    OUTLINE void write(int64_t at, int count) {
+        if (task.valid)
+            for (int k = 0; k < count; k++) y[k] = task.valid[at + k] ? y[k] : -1;
         if (task.wide_index)
-            ((int32_t *)task.y)[at] = (int32_t)y;
+            for (int k = 0; k < count; k++) ((int32_t *)task.y)[at + k] = (int32_t)y[k];
         else
-            ((int8_t *)task.y)[at] = (int8_t)y;
+            for (int k = 0; k < count; k++) ((int8_t *)task.y)[at + k] = (int8_t)y[k];
+        for (int k = 0; k < count; k++) counts[k % TABLES * (1 + bins) + 1 + y[k]]++;
     }
 
     void finish() {
-        const int64_t bins = task.classes + 1;
         for (int64_t n = 0; n < task.images; n++)
             for (int64_t bin = 0; bin < bins; bin++) {
                 int64_t count = 0;
@@ -949,6 +978,9 @@ template <int KIND> static bool run_weighted_sum(const Task &task, Progress &pro
 
 EXPORT int weighted_sum(const Call *call, Progress *progress) {
     const Task task(*call);
+    with_type(task.dtype, task.grad.data, [&](auto *grad) {
+        use_large_pages(grad, task.upsampled ? 0 : task.images * task.channels * task.length * sizeof *grad);
+    });
     switch (task.kind) {
         case SQUARE: return run_weighted_sum<SQUARE>(task, *progress);
         case SHANNON: return run_weighted_sum<SHANNON>(task, *progress);
@@ -962,7 +994,9 @@ EXPORT int class_sums(const Call *call, Progress *progress) {
     return ClassSums(Task(*call), *progress).run();
 }
 EXPORT int classify(const Call *call, Progress *progress) {
-    return Classify(Task(*call), *progress).run();
+    const Task task(*call);
+    use_large_pages(task.y, task.images * task.length * (task.wide_index ? 4 : 1));
+    return Classify(task, *progress).run();
 }
 
 // out = grad[n] * factors[n], in the dtype of the logits.

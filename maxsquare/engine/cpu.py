@@ -100,7 +100,7 @@ def weighted_sum(
         grad=grad,
         valid=valid,
         y=None if y is None else y.contiguous(),
-        weights=weights.to(dtype).contiguous(),
+        weights=dense(weights, dtype),
         potential=potential,
     )
     return sums, grad
@@ -116,12 +116,12 @@ def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
 
 def scale_grad(grad: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """Every image's gradient times its factor, in a dtype."""
-    grad, factors = grad.contiguous(), factors.to(grad.dtype).contiguous()
+    grad, factors = grad.contiguous(), dense(factors, grad.dtype)
     result = torch.empty_like(grad, dtype=dtype)
-    kernels(grad.dtype).scale_grad(
+    kernel("scale_grad", grad.dtype)(
         DTYPES[dtype],
-        grad.shape[0],
-        grad.stride(0),
+        len(grad),
+        grad[:1].numel(),
         grad.data_ptr(),
         factors.data_ptr(),
         result.data_ptr(),
@@ -184,15 +184,15 @@ def run(
     total = images * chunks
     partials = bytearray(ctypes.sizeof(Progress) + total * partial_bytes)
     arguments = (call, ctypes.byref(Progress.from_buffer(partials)))
-    kernel = getattr(kernels(z.dtype), operator)
+    function = kernel(operator, z.dtype)
     threads = min(total, images * channels * length // LOGITS_PER_THREAD)
     futures = []
     if threads > 1:
         # A thread may outlive an interrupt of its caller: the tensors must live as long.
         tensors = (z, result, guide, grad, labels, valid, y, weights)
         threads = min(threads, torch.get_num_threads())
-        futures = HELPERS.call(kernel, arguments, tensors, threads - 1)
-    done = [kernel(*arguments)]
+        futures = HELPERS.call(function, arguments, tensors, threads - 1)
+    done = [function(*arguments)]
     # A thread that has not begun is not needed any more.
     done += [future.result() for future in futures if not future.cancel()]
     if not all(done):
@@ -206,25 +206,25 @@ def pack(tensor: Tensor) -> tuple[int, ...]:
     return tensor.data_ptr(), *shape, *padding, *tensor.stride(), *padding
 
 
+def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers, one after the other, in a dtype; `to` takes its time even for nothing."""
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
+
+
 def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def kernels(dtype: torch.dtype) -> ctypes.CDLL:
-    """The kernels for logits of a dtype, which there are."""
-    found = library(accumulation_dtype(dtype))
-    assert found is not None
-    return checked(found)
-
-
 @functools.cache
-def checked(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The same, if C++ and Python agree on what they exchange."""
-    for name, size in (("call_bytes", CALL.size), ("progress_bytes", ctypes.sizeof(Progress))):
-        assert ctypes.c_int64.in_dll(library, name).value == size, name
+def kernel(name: str, dtype: torch.dtype) -> Any:
+    """A function of the library for logits of a dtype, which there must be."""
+    kernels = library(accumulation_dtype(dtype))
+    assert kernels is not None
+    for exported, size in (("call_bytes", CALL.size), ("progress_bytes", ctypes.sizeof(Progress))):
+        assert ctypes.c_int64.in_dll(kernels, exported).value == size, exported
     numbers, pointers = (ctypes.c_int, *[ctypes.c_int64] * 2), [ctypes.c_void_p] * 3
-    library.scale_grad.argtypes = (*numbers, *pointers)
-    return library
+    kernels.scale_grad.argtypes = (*numbers, *pointers)
+    return getattr(kernels, name)
 
 
 class Helpers:
@@ -239,7 +239,7 @@ class Helpers:
         self.threads: list[threading.Thread] = []
 
     def call(
-        self, kernel: Any, arguments: tuple[Any, ...], tensors: Any, count: int
+        self, function: Any, arguments: tuple[Any, ...], tensors: Any, count: int
     ) -> list[Future[int]]:
         """Have so many threads call a kernel, or as many as there are, and keep its tensors."""
         with contextlib.suppress(RuntimeError):  # no more threads can be started
@@ -250,16 +250,16 @@ class Helpers:
                 self.threads.append(thread)
         futures: list[Future[int]] = [Future() for _ in range(min(count, len(self.threads)))]
         for future in futures:
-            self.calls.put((future, kernel, arguments, tensors))
+            self.calls.put((future, function, arguments, tensors))
         return futures
 
     def work(self) -> None:
         """Call, one after the other, what no caller has taken back."""
         while True:
-            future, kernel, arguments, tensors = self.calls.get()
+            future, function, arguments, tensors = self.calls.get()
             if future.set_running_or_notify_cancel():
-                future.set_result(kernel(*arguments))
-            del future, kernel, arguments, tensors  # else they would live until the next call
+                future.set_result(function(*arguments))
+            del future, function, arguments, tensors  # else they would live until the next call
 
 
 HELPERS = Helpers()
