@@ -19,6 +19,12 @@
 #include <sys/mman.h>
 #endif
 
+#ifdef _WIN32
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C"
+#endif
+
 // Shared with cpu.py -------------------------------------------------------------------------------
 
 enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, UINT8, INT8, INT16, INT32, INT64 };
@@ -45,14 +51,14 @@ struct Call {
     double q, shift, constant, threshold;
     int32_t dimensions, align_corners, binary, dtype, label_dtype, wide_index, kind, by_class, has_threshold;
 };
-extern "C" const int64_t call_bytes = sizeof(Call);
+EXPORT const int64_t call_bytes = sizeof(Call);
 
 // What the threads share: zeros at first. The partial results of all chunks follow it in memory.
 struct Progress {
     int64_t next, completed;  // chunks
     int64_t has_clamped;      // whether any logit is below the lowest one
 };
-extern "C" const int64_t progress_bytes = sizeof(Progress);
+EXPORT const int64_t progress_bytes = sizeof(Progress);
 
 // Vectors ------------------------------------------------------------------------------------------
 
@@ -970,7 +976,7 @@ template <int KIND> static bool run_weighted_sum(const Task &task, Progress &pro
                           : WeightedSum<KIND, false>(task, progress).run();
 }
 
-extern "C" int weighted_sum(const Call *call, Progress *progress) {
+EXPORT int weighted_sum(const Call *call, Progress *progress) {
     const Task task(*call);
     with_type(task.dtype, task.grad.data, [&](auto *grad) {
         use_large_pages(grad, task.upsampled ? 0 : task.images * task.channels * task.length * sizeof *grad);
@@ -984,17 +990,17 @@ extern "C" int weighted_sum(const Call *call, Progress *progress) {
         default: return run_weighted_sum<LINEAR>(task, *progress);
     }
 }
-extern "C" int class_sums(const Call *call, Progress *progress) {
+EXPORT int class_sums(const Call *call, Progress *progress) {
     return ClassSums(Task(*call), *progress).run();
 }
-extern "C" int classify(const Call *call, Progress *progress) {
+EXPORT int classify(const Call *call, Progress *progress) {
     const Task task(*call);
     use_large_pages(task.y, task.images * task.length * (task.wide_index ? 4 : 1));
     return Classify(task, *progress).run();
 }
 
 // out = grad[n] * factors[n], in the dtype of the logits.
-extern "C" void scale_grad(int dtype, int64_t images, int64_t size, real *grad, real *factors, void *out) {
+EXPORT void scale_grad(int dtype, int64_t images, int64_t size, real *grad, real *factors, void *out) {
     with_type(dtype, out, [&](auto *to) {
         for (int64_t n = 0; n < images; n++)
             for (int64_t k = n * size; k < (n + 1) * size; k++) assign(to[k], grad[k] * factors[n]);
