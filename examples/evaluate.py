@@ -3,8 +3,8 @@
     python examples/evaluate.py runs/demo-maxsquare-iw-multi-seed0/last.pt
     python examples/evaluate.py published.pth --data-root DIR --out predictions
 
-What an option leaves open is taken from the run that wrote the checkpoint; a checkpoint of the
-published code, which holds weights alone, gets the settings of its GTA5 to Cityscapes runs.
+Options that are not given are taken from the run that wrote the checkpoint. A checkpoint of the
+published code holds only weights and gets the settings of its GTA5 to Cityscapes runs.
 """
 
 from __future__ import annotations
@@ -49,12 +49,15 @@ class Options:
     """Number of classes: 19, 16 or 13 of Cityscapes, or as many as a folder's label map names."""
     target_size: tuple[int, int] | None = None
     """Height and width at which the network sees the images."""
-    network: Literal["small", "resnet101"] | None = None
-    """Architecture of the checkpoint."""
+    network: str | None = None
+    """Architecture of the checkpoint: small, resnet101 or package.module:factory. The last must be
+    given even if the checkpoint names it, because it runs code."""
+    align_corners: bool = False
+    """Upsample the logits of a network of your own with align_corners=True."""
     aspp: Aspp | None = None
     """Dilations of the classifier heads that the checkpoint was trained with."""
-    normalize: datasets.Normalization = "published"
-    """What the network sees: BGR minus the published mean, or RGB as torchvision's weights do."""
+    normalize: datasets.Normalization | None = None
+    """Preprocessing: BGR minus the published mean, or RGB as torchvision's weights expect it."""
     flip: bool = True
     """Average the predictions for an image and its mirror image."""
     out: Path | None = None
@@ -70,9 +73,7 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return report.exit_code(
-        lambda: run(report.command_line(Options, arguments), report.PlainConsole())
-    )
+    return report.exit_code(lambda: run(report.command_line(Options, arguments), report.console()))
 
 
 def run(options: Options, console: Console) -> None:
@@ -88,6 +89,8 @@ def run(options: Options, console: Console) -> None:
         target_size=options.target_size,
         network=options.network,
         aspp=options.aspp,
+        normalize=options.normalize,
+        align_corners=options.align_corners or None,
     )
     if s.data_root is None:
         raise UserError("The checkpoint does not say where its data are: give --data-root.")
@@ -101,10 +104,10 @@ def run(options: Options, console: Console) -> None:
             options.split,
             classes=s.classes,
             size=s.target_size,
-            normalize=options.normalize,
+            normalize=s.normalize,
             full_labels=full_labels,
         )
-        # One by one, because label files of one data set may differ in size.
+        # One image at a time, because label files of one data set may differ in size.
         loaders[name] = DataLoader(dataset, batch_size=1, num_workers=options.workers)
     pictures = picture_files(dataset, options.out) if options.out else []
     columns = {}
@@ -116,10 +119,11 @@ def run(options: Options, console: Console) -> None:
                 loader,
                 dataset.space,
                 flip=options.flip,
+                align_corners=s.corners,
                 device=device,
                 on_progress=lambda images, task=task: progress.advance(task, images),
             )
-    # What blind guessing of equally frequent classes can reach at most.
+    # Random guessing of equally frequent classes reaches at most this.
     if all(scores.miou < 100 / len(dataset.space) for scores in columns.values()):
         console.print(
             "This is no better than chance. Does the checkpoint expect another preprocessing "
@@ -135,17 +139,23 @@ def run(options: Options, console: Console) -> None:
         with report.progress_bar(console) as progress:
             task = progress.add_task("writing predictions", total=len(dataset), note="")
             for (image, labels, _), file in zip(loaders[FULL], pictures, strict=True):
-                classes = predict(network, image.to(device), labels.shape[-2:], flip=options.flip)
-                picture = plots.colorize(classes[0].argmax(dim=0).cpu(), dataset.space)
+                probabilities = predict(
+                    network,
+                    image.to(device),
+                    labels.shape[-2:],
+                    flip=options.flip,
+                    align_corners=s.corners,
+                )
+                picture = plots.colorize(probabilities[0].argmax(dim=0).cpu(), dataset.space)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(file)
                 progress.advance(task)
 
 
 def picture_files(dataset: datasets.SegmentationDataset, out: Path) -> list[Path]:
-    """Where the prediction for each image goes: a file with the image's name.
+    """The file for the prediction of each image: it has the image's name.
 
-    Where images of several folders have one name, they go into folders of the same names.
+    If images of several folders share a name, their folders are kept.
     """
     images = [image for image, _ in dataset.pairs]
     files = [out / f"{image.stem}.png" for image in images]

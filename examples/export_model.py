@@ -1,9 +1,9 @@
-"""Write a trained model as one small file to hand on: its weights in half precision.
+"""Export a trained model as one small file for others: its weights in half precision.
 
     python examples/export_model.py runs/source/source-only/last.pt model.safetensors
 
-The file opens without running code from it. It holds the settings of the run that made it, without
-that machine's folders, so that evaluate.py and train_uda.py --init take it as it is.
+Opening the file runs no code from it. It holds the settings of its run without the folders of that
+machine, so that evaluate.py and train_uda.py --init can read it directly.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import tyro
 
 from uda import checkpoint, report
 from uda.errors import UserError
-from uda.loading import load_network
-from uda.outputs import as_json
 
-# What only the machine of the run has.
+# Settings that only make sense on the machine of the run.
 LOCAL = ("out", "data_root", "init", "resume")
 
 
@@ -43,10 +41,9 @@ def run(options: Options) -> None:
         raise UserError(f"{options.out} does not end in .safetensors: choose such a name.")
     if options.out.exists():
         raise UserError(f"{options.out} exists: choose another name, or remove it.")
-    checkpoint.load(options.checkpoint, needs={"model": dict, "settings": dict})
-    network, s = load_network(options.checkpoint)
-    settings = {name: value for name, value in as_json(s).items() if name not in LOCAL}
-    checkpoint.export(options.out, network.state_dict(), settings)
+    state = checkpoint.load(options.checkpoint, needs=("model", "settings"))
+    settings = {name: value for name, value in state["settings"].items() if name not in LOCAL}
+    checkpoint.export(options.out, state["model"], settings)
     print(f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MiB")
 
 

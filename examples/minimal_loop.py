@@ -1,6 +1,6 @@
-"""Where the losses go in an ordinary PyTorch loop; train_uda.py measures what they achieve.
+"""How to use the losses in an ordinary PyTorch loop; train_uda.py measures what they achieve.
 
-The task is to tell discs from squares; the target images are paler and noisier, and unlabelled.
+The network learns to tell discs from squares; the target images are paler, noisier and unlabelled.
 """
 
 import torch
@@ -37,7 +37,7 @@ def main():
     target_loss = IWMaxSquareLoss(ratio=0.2, scale="reference")
 
     for step in range(120):
-        # The network first learns the task from the source; then the target takes part as well.
+        # The network first learns the task from the source alone, then from the target as well.
         target_weight = 0.1 if step >= 80 else 0.0
         batch = slice(8 * (step % 8), 8 * (step % 8) + 8)
 

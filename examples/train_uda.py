@@ -2,23 +2,23 @@
 
     python examples/train_uda.py                              the demo: minutes on a CPU
     python examples/train_uda.py --method all                 every method from one source model
-    python examples/train_uda.py --source-steps 4000          a source model of one's own
+    python examples/train_uda.py --source-steps 4000          a source model of your own
     python examples/train_uda.py --source folder --target folder --classes 11 --data-root DIR ...
     python examples/train_uda.py --preset gta5-cityscapes/maxsquare-iw --data-root DIR --init FILE
     python examples/train_uda.py --help                       every setting
 
-The method itself is in uda/adaptation.py. The folder of a run receives
+The method itself is in uda/adaptation.py. A run writes into its folder
 
-    settings.json            what was asked for
+    settings.json            the settings of the run
     source-only/last.pt      the source model
     target-statistics/       with --compare: that model with BatchNorm statistics of the target
-    source/                  and trained on for as many steps on the source alone
+    source/                  and the same model after as many further steps on the source alone
     last.pt, best.pt         the adapted model (--method all: in a folder per method)
     metrics.json, panel.png  results per class, and some predictions as pictures
     events.out.*             TensorBoard logs
 
-"best" is chosen on the labels of the target's validation images, as in the published runs. Who has
-no target labels cannot choose so: the results called "adapted" are those after the last step.
+"best" is chosen on the labels of the target's validation images, as in the published runs. Without
+target labels you cannot choose this way: the results called "adapted" are those of the last step.
 """
 
 from __future__ import annotations
@@ -37,16 +37,15 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-import maxsquare
-from uda import adaptation, checkpoint, deeplab, loading, outputs, report
+from uda import adaptation, checkpoint, loading, outputs, report
+from uda.adaptation import Losses
 from uda.datasets import Sample, SegmentationDataset
 from uda.errors import UserError
 from uda.evaluation import Scores, evaluate
-from uda.presets import COMPARED, NOTES, PRESETS, SHIPPED, Settings
+from uda.presets import COMPARED, DEMO_CHECKPOINT, NOTES, PRESETS, Settings
 from uda.results import write_results
 
 STOPPED = "Stopped: the same options with --out and --resume go on from here."
@@ -55,26 +54,16 @@ CONTROL = "source"  # the method
 STATISTICS = "target-statistics"
 # The files of TensorBoard's log.
 LOGS = "events.out.tfevents.*"
-# How many target training images BatchNorm statistics are taken from.
+# Number of target training images from which BatchNorm statistics are taken.
 STATISTICS_IMAGES = 60
-# What a checkpoint of a stage holds, beside what it must have been written with.
-SAVED = {
-    "settings": dict,
-    "step": int,
-    "seconds": float,
-    "confusion": torch.Tensor | None,
-    "best": dict | None,
-    "source_validation": list,
-    "log": dict,
-    "model": dict,
-    "random": dict,
-}
-# Streams of random numbers for the order of images.
+# Random streams for the order of images.
 SOURCE_STREAM, TARGET_STREAM, STATISTICS_STREAM = range(3)
-# Where several machines meet, and which of them this one is.
+# The variables that tell several machines where to meet, and each one its number.
 MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-# The list of presets is not squeezed into a narrower terminal: no line of it is longer.
+# No line of the list of presets is longer; a narrower terminal must not squeeze it.
 PRESETS_WIDTH = 180
+
+State = dict[str, Any]  # what a checkpoint of a stage holds
 
 
 @dataclass(frozen=True)
@@ -90,16 +79,27 @@ class Job:
 
     @property
     def share(self) -> dict[str, int]:
-        """Which part of every batch is this process's."""
+        """Which part of every batch belongs to this process."""
         return {"rank": self.fabric.global_rank, "world": self.fabric.world_size}
+
+    def source_batches(self, steps: range) -> Iterator[Sample]:
+        return self._batches(self.source, steps, SOURCE_STREAM)
+
+    def target_batches(self, steps: range) -> Iterator[Sample]:
+        return self._batches(self.target, steps, TARGET_STREAM)
+
+    def _batches(self, dataset: SegmentationDataset, steps: range, stream: int) -> Iterator[Sample]:
+        first, last = steps.start, steps.stop
+        batches = loading.batches(dataset, self.settings, first, last, stream=stream, **self.share)
+        return map(self.fabric.to_device, batches)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     def script() -> None:
-        console = report.PlainConsole()
+        console = report.console()
         settings = parse(arguments)
         if settings.list_presets:
-            console = report.PlainConsole(width=max(console.width, PRESETS_WIDTH))
+            console = report.console(width=max(console.width, PRESETS_WIDTH))
             console.print(report.presets_table(PRESETS))
             console.print(*NOTES, sep="\n", highlight=False)
         elif settings.check_data:
@@ -116,15 +116,18 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     @dataclass(frozen=True)
     class Chosen:
         preset: str = Settings.preset
+        backbone_updates: str = ""
 
     chosen, _ = report.command_line(Chosen, arguments, return_unknown_args=True, add_help=False)
     if chosen.preset not in PRESETS:
         raise UserError(f"There is no --preset {chosen.preset}: --list-presets shows all of them.")
+    if chosen.backbone_updates == "published":
+        raise UserError("--backbone-updates published has a new name: write duplicated instead.")
     settings = report.command_line(Settings, arguments, default=PRESETS[chosen.preset].settings)
-    if (settings.source, settings.target) != ("gta5", "cityscapes"):  # not what scenes are
+    if (settings.source, settings.target) != ("gta5", "cityscapes"):  # the layouts of the scenes
         settings = replace(settings, scenes=0)
     if settings.scenes and not settings.source_steps and not settings.init:
-        settings = replace(settings, init=SHIPPED)
+        settings = replace(settings, init=DEMO_CHECKPOINT)
     return settings
 
 
@@ -138,13 +141,14 @@ def run(settings: Settings, console: Console) -> None:
         torch.set_num_threads(settings.threads)
     out = outputs.run_folder(settings)
     settings = replace(settings, out=out, data_root=settings.data_root or out / "data")
-    # What can be wrong shows in every process, before they wait for each other and before a
-    # folder is made in which the corrected command would find a run.
+    # Every process finds the mistakes in the options before it waits for the others, and before
+    # there is a folder that the corrected command would take for another run.
     data = None
     if settings.scenes:
         loading.check_scenes(settings)
     else:
         data = loading.open_data(settings)
+    loading.check_network(settings)
     if settings.init and not resumes(settings, out / SOURCE_ONLY):
         loading.load_init(loading.build_network(settings), settings)
     fabric = start_fabric(settings)
@@ -159,7 +163,7 @@ def run(settings: Settings, console: Console) -> None:
         data = data or loading.open_data(settings)
         run_stages(Job(settings, fabric, console, *data))
     if fabric.world_size > 1:
-        # A process that exits with its connections open may abort.
+        # A process that exits with open connections may abort.
         torch.distributed.destroy_process_group()
 
 
@@ -169,31 +173,6 @@ def draw_scenes(settings: Settings, console: Console) -> None:
         loading.render_scenes(
             settings, lambda done, of: progress.update(task, completed=done, total=of)
         )
-
-
-def run_stages(job: Job) -> None:
-    """Everything from the source model, or its training, to the results."""
-    settings, fabric, console, out = job.settings, job.fabric, job.console, job.settings.out
-    if warning := loading.list_warning(settings, len(job.source)):
-        console.print(warning)
-
-    source_only = train(job, SOURCE_ONLY, out / SOURCE_ONLY, settings.source_steps)
-    start = source_only["model"]
-    statistics = None
-    if settings.compare:
-        statistics = take_statistics(job, out / STATISTICS, start)
-    if settings.method == "all":
-        folders = {method: out / method for method in COMPARED}
-    else:
-        folders = {settings.method: out}
-    if settings.compare:
-        folders = {CONTROL: out / CONTROL} | folders
-    adapted = {
-        method: train(job, method, folder, settings.steps, start=start)
-        for method, folder in folders.items()
-    }
-    if fabric.is_global_zero:
-        write_results(source_only, statistics, adapted, job.validation, settings, console)
 
 
 def start_fabric(settings: Settings) -> Fabric:
@@ -210,7 +189,7 @@ def start_fabric(settings: Settings) -> Fabric:
         accelerator=device,
         devices=settings.processes,
         num_nodes=settings.machines,
-        # The heads that a method leaves alone receive no gradient.
+        # Heads that a method does not train receive no gradient.
         strategy="ddp_find_unused_parameters_true" if together else "auto",
         precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
     )
@@ -218,201 +197,218 @@ def start_fabric(settings: Settings) -> Fabric:
     return fabric
 
 
+def run_stages(job: Job) -> None:
+    """The source model, what it is compared with, its adaptation, and the results of all."""
+    s, out = job.settings, job.settings.out
+    if warning := loading.list_warning(s, len(job.source)):
+        job.console.print(warning)
+
+    source_only = train_source(job, out / SOURCE_ONLY)
+    start = source_only["model"]
+    statistics = take_statistics(job, out / STATISTICS, start) if s.compare else None
+    if s.method == "all":
+        folders = {method: out / method for method in COMPARED}
+    else:
+        folders = {s.method: out}
+    if s.compare:
+        folders = {CONTROL: out / CONTROL} | folders
+    adapted = {method: adapt(job, method, folder, start) for method, folder in folders.items()}
+    if job.fabric.is_global_zero:
+        write_results(source_only, statistics, adapted, job.validation, s, job.console)
+
+
+def train_source(job: Job, folder: Path) -> State:
+    """The source stage; returns its last state."""
+    s = job.settings
+    with Stage(job, SOURCE_ONLY, folder) as stage:
+        model, fabric_optimizer = stage.prepare(s.source_lr, s.source_steps)
+        steps = range(stage.state["step"], s.source_steps)
+        training = adaptation.train_source(
+            model,
+            fabric_optimizer,
+            job.source_batches(steps),
+            adaptation.learning_rates(s.source_lr, steps, s.source_horizon or s.source_steps),
+            low_weight=s.low_weight,
+            align_corners=s.corners,
+            backward=job.fabric.backward,
+        )
+        for step, losses in stage.count(training):
+            last = step == s.source_steps
+            saves = last or step % s.save_every == 0
+            if saves or step % s.log_every == 0:
+                stage.log_losses(losses)
+            if s.source_evaluate_every and (last or step % s.source_evaluate_every == 0):
+                stage.evaluate_source()
+            if last:
+                stage.evaluate()
+            if saves:
+                stage.save("last.pt")
+        return stage.finish()
+
+
+def adapt(job: Job, method: str, folder: Path, start: Mapping[str, torch.Tensor]) -> State:
+    """One adaptation of the source model by one method; returns its last state."""
+    s = job.settings
+    methods = adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight)
+    with Stage(job, method, folder, start) as stage:
+        model, fabric_optimizer = stage.prepare(s.lr, s.steps)
+        steps = range(stage.state["step"], s.steps)
+        # The source images continue where the source stage stopped.
+        source_steps = range(s.source_steps + steps.start, s.source_steps + steps.stop)
+        training = adaptation.adapt(
+            model,
+            fabric_optimizer,
+            job.source_batches(source_steps),
+            job.target_batches(steps),
+            adaptation.learning_rates(s.lr, steps, s.horizon or s.steps),
+            methods[method],
+            target_weight=s.target_weight,
+            low_weight=s.low_weight,
+            align_corners=s.corners,
+            backward=job.fabric.backward,
+        )
+        for step, losses in stage.count(training):
+            last = step == s.steps
+            evaluates = last or step % s.evaluate_every == 0
+            saves = evaluates or step % s.save_every == 0
+            if saves or step % s.log_every == 0:
+                stage.log_losses(losses)
+            if last and methods[method] is not None and s.bn_statistics == "target":
+                stage.take_statistics()
+            if evaluates:
+                stage.evaluate()
+            if saves:
+                stage.save("last.pt")
+        return stage.finish()
+
+
+def take_statistics(job: Job, folder: Path, start: Mapping[str, torch.Tensor]) -> State:
+    """The source model with BatchNorm statistics of target training images; returns its state."""
+    with Stage(job, STATISTICS, folder, start) as stage:
+        if stage.state["confusion"] is None:
+            stage.take_statistics()
+        return stage.finish()
+
+
 def resumes(settings: Settings, folder: Path) -> bool:
-    """Whether a stage goes on from its own last checkpoint."""
+    """Whether a stage continues from its own last checkpoint."""
     return settings.resume and (folder / "last.pt").is_file()
 
 
-def train(
-    job: Job, name: str, folder: Path, steps: int, *, start: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """One stage, the source stage or the adaptation by one method; returns its last state."""
-    s, fabric = job.settings, job.fabric
-    on_source = name == SOURCE_ONLY
-    lr, horizon = (s.source_lr, s.source_horizon) if on_source else (s.lr, s.horizon)
-    horizon = horizon or steps
-    methods = adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight)
-    target_loss = None if on_source else methods[name]
-    both_heads = on_source or isinstance(target_loss, maxsquare.MultiLevelLoss)
-    options = {"low_weight": s.low_weight if both_heads else 0.0, "backward": fabric.backward}
-    folder.mkdir(parents=True, exist_ok=True)
-
-    fabric.seed_everything(s.seed, verbose=False)
-    network = loading.build_network(s)
-    optimizer = adaptation.RepeatedSGD(
-        adaptation.parameter_groups(network, lr, backbone_updates=s.backbone_updates),
-        momentum=s.momentum,
-        weight_decay=s.weight_decay,
-    )
-    state = begin(job, name, folder, network, start)
-    if s.channels_last:
-        network.to(memory_format=torch.channels_last)
-    model, stepper = fabric.setup(torch.compile(network) if s.compile else network, optimizer)
-    if "optimizer" in state:  # momentum goes where the weights are, so only now
-        with checkpoint.restoring(folder / "last.pt"):
-            optimizer.load_state_dict(state["optimizer"])
-    model.train()
-
-    with report.progress_bar(job.console) as progress:
-        stage = Stage(job, folder, network, optimizer, state, progress)
-        bar = progress.add_task(name, total=steps, completed=state["step"], note="")
-        for source, target in batch_pairs(job, state["step"], steps, on_source, target_loss):
-            rate = adaptation.poly_lr(state["step"], horizon, lr)
-            adaptation.set_learning_rate(optimizer, rate)
-            images, labels = fabric.to_device((source.image, source.labels))
-            if target is None:
-                losses = adaptation.source_step(model, stepper, images, labels, **options)
-            else:
-                losses = adaptation.adaptation_step(
-                    model,
-                    stepper,
-                    images,
-                    labels,
-                    fabric.to_device(target.image),
-                    target_loss,
-                    target_weight=s.target_weight,
-                    **options,
-                )
-            state["step"] += 1
-            step, last = state["step"], state["step"] == steps
-            progress.advance(bar)
-            assesses = last or (not on_source and step % s.evaluate_every == 0)
-            saves = assesses or step % s.save_every == 0
-            if saves or step % s.log_every == 0:
-                values = {term: value.item() for term, value in losses._asdict().items()}
-                if not all(map(math.isfinite, values.values())):
-                    rate_option = "--source-lr" if on_source else "--lr"
-                    raise UserError(f"Losses at step {step} are {values}: lower {rate_option}.")
-                progress.update(bar, note=report.losses(values))
-                logged = values | {"lr": rate}
-                stage.log({f"train/{term}": value for term, value in logged.items()})
-            if on_source and s.source_evaluate_every:
-                if last or step % s.source_evaluate_every == 0:
-                    stage.assess_at_home()
-            if last and target_loss is not None and s.bn_statistics == "target":
-                stage.take_statistics()
-            if assesses:
-                stage.assess()
-            if saves:
-                stage.save("last.pt")
-        if state["confusion"] is None:  # a stage of no steps: the weights it was given
-            stage.assess()
-            stage.save("last.pt")
-    stage.close()
-    return state
-
-
-def take_statistics(job: Job, folder: Path, start: dict[str, Any]) -> dict[str, Any]:
-    """The source model with BatchNorm statistics of target training images; returns its state."""
-    s, fabric = job.settings, job.fabric
-    folder.mkdir(parents=True, exist_ok=True)
-    fabric.seed_everything(s.seed, verbose=False)
-    network = loading.build_network(s)
-    state = begin(job, STATISTICS, folder, network, start)
-    network.to(fabric.device)
-    with report.progress_bar(job.console) as progress:
-        stage = Stage(job, folder, network, None, state, progress)
-        if state["confusion"] is None:
-            stage.take_statistics()
-            stage.assess()
-            stage.save("last.pt")
-    stage.close()
-    return state
-
-
-def begin(
-    job: Job,
-    name: str,
-    folder: Path,
-    network: deeplab.DeepLabV2,
-    start: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Give the network of a stage its weights; returns the state from which the stage goes on.
-
-    Weights come from the stage's own last checkpoint when a run is resumed, else from `start` (the
-    source model), else from --init, else they are random.
-    """
-    s = job.settings
-    # With weights, momentum and random generators, which `Stage.save` adds, all there is to a run
-    # between two steps.
-    state: dict[str, Any] = {
-        "stage": name,
-        "network": s.network,
-        "classes": s.classes,
-        # Other numbers of images would come in another order.
-        "training_images": {"source": len(job.source), "target": len(job.target)},
-        "settings": outputs.as_json(s),
-        "step": 0,
-        "seconds": 0.0,
-        "confusion": None,
-        "best": None,
-        "source_validation": [],
-        "log": {},  # the size of each of its files
-    }
-    if resumes(s, folder):
-        same = ("stage", "network", "classes", "training_images")
-        expect = {entry: state[entry] for entry in same}
-        needs = SAVED if name == STATISTICS else SAVED | {"optimizer": dict}
-        state = checkpoint.load(folder / "last.pt", expect=expect, needs=needs)
-        with checkpoint.restoring(folder / "last.pt"):
-            network.load_state_dict(state["model"])
-            checkpoint.restore_random_state(state["random"])
-    elif start is not None:
-        network.load_state_dict(start)
-    elif s.init is not None:
-        loading.load_init(network, s)
-    return state
-
-
-def batch_pairs(
-    job: Job, first: int, steps: int, on_source: bool, target_loss: nn.Module | None
-) -> Iterator[tuple[Sample, Sample | None]]:
-    """The source and target batches of the steps that are left; None where no target is read."""
-    s = job.settings
-    # The adaptation reads on in the source where the source stage stopped.
-    offset = 0 if on_source else s.source_steps
-    source = loading.batches(
-        job.source, s, offset + first, offset + steps, stream=SOURCE_STREAM, **job.share
-    )
-    target: Iterable[Sample | None] = [None] * (steps - first)
-    if target_loss is not None:
-        target = loading.batches(job.target, s, first, steps, stream=TARGET_STREAM, **job.share)
-    return zip(source, target, strict=True)
-
-
 class Stage:
-    """What a stage under way writes: checkpoints of its state, evaluations and the log."""
+    """A stage of a run: its network and optimiser, and the files that it writes.
+
+    `state` becomes the checkpoint. Together with the weights, momentum and random generators, which
+    `save` adds, it is everything that a run is between two steps.
+    """
 
     def __init__(
         self,
         job: Job,
+        name: str,
         folder: Path,
-        network: deeplab.DeepLabV2,
-        optimizer: torch.optim.Optimizer | None,
-        state: dict[str, Any],
-        progress: Progress,
+        start: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        self.job, self.folder, self.progress = job, folder, progress
-        self.network, self.optimizer, self.state = network, optimizer, state
-        self.started = time.perf_counter() - state["seconds"]
+        """Build the network and give it its weights.
+
+        A resumed stage takes them from its own last checkpoint; otherwise they come from `start`
+        (the source model), else from --init, else they are random.
+        """
+        s = job.settings
+        self.job, self.name, self.folder = job, name, folder
+        self.progress = report.progress_bar(job.console)
+        self.optimizer: torch.optim.Optimizer | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        job.fabric.seed_everything(s.seed, verbose=False)
+        self.network = loading.build_network(s)
+        self.state: State = {
+            "stage": name,
+            "network": s.network,
+            "classes": s.classes,
+            # Another number of images would be read in another order.
+            "training_images": {"source": len(job.source), "target": len(job.target)},
+            "settings": outputs.as_json(s),
+            "step": 0,
+            "seconds": 0.0,
+            "confusion": None,
+            "best": None,
+            "source_validation": [],
+            "log": {},  # the size of each of its files
+        }
+        if resumes(s, folder):
+            self._resume()
+        elif start is not None:
+            self.network.load_state_dict(start)
+        elif s.init is not None:
+            loading.load_init(self.network, s)
+        self.network.to(job.fabric.device)
+        self.started = time.perf_counter() - self.state["seconds"]
         self.writer = None
         if job.fabric.is_global_zero:
-            # What a killed run logged after its last checkpoint will be logged again.
+            # The steps that a killed run logged after its last checkpoint will be logged again.
             for file in folder.glob(LOGS):
-                os.truncate(file, state["log"].get(file.name, 0))
+                os.truncate(file, self.state["log"].get(file.name, 0))
             self.writer = SummaryWriter(str(folder))
 
-    def save(self, name: str) -> None:
-        self.state["seconds"] = time.perf_counter() - self.started
-        self.state["model"] = self.network.state_dict()
-        if self.optimizer is not None:
-            self.state["optimizer"] = self.optimizer.state_dict()
-        self.state["random"] = checkpoint.random_state()
-        if self.writer:
-            self.writer.flush()
-            logs = self.folder.glob(LOGS)
-            self.state["log"] = {file.name: file.stat().st_size for file in logs}
-            checkpoint.save(self.folder / name, self.state)
+    def _resume(self) -> None:
+        path = self.folder / "last.pt"
+        same = ("stage", "network", "classes", "training_images")
+        trained = () if self.name == STATISTICS else ("optimizer",)
+        self.state = checkpoint.load(
+            path,
+            expect={entry: self.state[entry] for entry in same},
+            needs=(*self.state, "model", "random", *trained),
+        )
+        with checkpoint.restoring(path):
+            self.network.load_state_dict(self.state["model"])
+            checkpoint.restore_random_state(self.state["random"])
+
+    def __enter__(self) -> Stage:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.progress.stop()
+        if self.writer and kind is None:  # a disk that is full has already raised
+            self.writer.close()
+
+    def prepare(self, lr: float, steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model and the optimiser as Fabric runs them, and a progress bar of so many steps."""
+        s, network = self.job.settings, self.network
+        if s.channels_last:
+            network.to(memory_format=torch.channels_last)
+        self.optimizer = adaptation.RepeatedSGD(
+            adaptation.parameter_groups(network, lr, backbone_updates=s.backbone_updates),
+            momentum=s.momentum,
+            weight_decay=s.weight_decay,
+        )
+        if "optimizer" in self.state:
+            with checkpoint.restoring(self.folder / "last.pt"):
+                self.optimizer.load_state_dict(self.state["optimizer"])
+        model, fabric_optimizer = self.job.fabric.setup(
+            torch.compile(network) if s.compile else network, self.optimizer
+        )
+        model.train()
+        done = self.state["step"]
+        self.bar = self.progress.add_task(self.name, total=steps, completed=done, note="")
+        return model, fabric_optimizer
+
+    def count(self, training: Iterable[Losses]) -> Iterator[tuple[int, Losses]]:
+        """Number the steps of a training loop, and show them."""
+        for losses in training:
+            self.state["step"] += 1
+            self.progress.advance(self.bar)
+            yield self.state["step"], losses
+
+    def log_losses(self, losses: Losses) -> None:
+        """Log the losses and the learning rate; stop if the run diverges."""
+        values = {term: value.item() for term, value in losses._asdict().items()}
+        if not all(map(math.isfinite, values.values())):
+            option = "--source-lr" if self.name == SOURCE_ONLY else "--lr"
+            raise UserError(f"Losses at step {self.state['step']} are {values}: lower {option}.")
+        self.progress.update(self.bar, note=report.losses(values))
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.log({f"train/{term}": value for term, value in (values | {"lr": rate}).items()})
 
     def take_statistics(self) -> None:
         """Take BatchNorm's running statistics from target training images."""
@@ -424,7 +420,7 @@ class Stage:
         task = progress.add_task("target statistics", total=count, note="")
         adaptation.target_statistics(self.network, progress.track(images, task_id=task))
 
-    def assess(self) -> None:
+    def evaluate(self) -> None:
         """Score the network on the validation images, and keep the best one so far."""
         state, scores = self.state, self._score(self.job.validation)
         state["confusion"] = scores.confusion
@@ -433,8 +429,8 @@ class Stage:
             state["best"] = {"step": state["step"], **report.entry(scores)}
             self.save("best.pt")
 
-    def assess_at_home(self) -> None:
-        """Score the network on the source's validation images, whose labels everyone has."""
+    def evaluate_source(self) -> None:
+        """Score the network on the source's own validation images, whose labels are at hand."""
         state, scores = self.state, self._score(loading.open_source_validation(self.job.settings))
         state["source_validation"].append({"step": state["step"], **report.entry(scores)})
         self.log({"validation/source_miou": scores.miou})
@@ -448,20 +444,36 @@ class Stage:
                 self.network,
                 loader,
                 dataset.space,
+                align_corners=job.settings.corners,
                 device=job.fabric.device,
                 on_progress=lambda images: progress.advance(task, images),
             )
         progress.remove_task(task)
         return scores
 
+    def finish(self) -> State:
+        """Evaluate a stage of no steps, too; returns the state."""
+        if self.state["confusion"] is None:
+            self.evaluate()
+            self.save("last.pt")
+        return self.state
+
+    def save(self, name: str) -> None:
+        self.state["seconds"] = time.perf_counter() - self.started
+        self.state["model"] = self.network.state_dict()
+        if self.optimizer is not None:
+            self.state["optimizer"] = self.optimizer.state_dict()
+        self.state["random"] = checkpoint.random_state()
+        if self.writer:
+            self.writer.flush()
+            logs = self.folder.glob(LOGS)
+            self.state["log"] = {file.name: file.stat().st_size for file in logs}
+            checkpoint.save(self.folder / name, self.state)
+
     def log(self, values: Mapping[str, float]) -> None:
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, self.state["step"])
-
-    def close(self) -> None:
-        if self.writer:
-            self.writer.close()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
 """Losses that adapt a segmentation network to images nobody has labelled."""
 
 from maxsquare import functional
-from maxsquare.diagnostics import GradientProfile, class_gradient_share, gradient_profile
+from maxsquare.diagnostics import (
+    GradientProfile,
+    PredictionStatistics,
+    Statistics,
+    class_gradient_share,
+    gradient_profile,
+)
 from maxsquare.losses import (
     EntropyLoss,
+    InformationMaximizationLoss,
     IWEntropyLoss,
     IWMaxSquareLoss,
-    InformationMaximizationLoss,
     MaxSquareLoss,
     MultiLevelGuidance,
     MultiLevelLoss,
@@ -26,7 +32,9 @@ __all__ = [
     "MaxSquareLoss",
     "MultiLevelGuidance",
     "MultiLevelLoss",
+    "PredictionStatistics",
     "PseudoLabelLoss",
+    "Statistics",
     "TeacherLoss",
     "TsallisEntropyLoss",
     "class_gradient_share",

@@ -20,7 +20,8 @@ INTEGERS = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
-LARGEST = torch.finfo(torch.float32).max
+SMALLEST_Q, LARGEST_Q = math.ulp(0), torch.finfo(torch.float32).max
+LARGEST_WEIGHT = sys.float_info.max
 # How far from 1 the sum of a pixel's probabilities may be, in half precision with many classes.
 PROBABILITY_TOLERANCE = 0.02
 # How far from 1 the sum of a prior may be.
@@ -61,8 +62,8 @@ def check_options(
         check_ratio(ratio)
     for name, number, least, most, wanted in (
         ("threshold", threshold, 0, 1, "from 0 to 1"),
-        ("q", q, math.ulp(0), LARGEST, "above 0, and finite"),
-        ("weight", weight, 0, sys.float_info.max, "of at least 0"),
+        ("q", q, SMALLEST_Q, LARGEST_Q, "above 0, and finite"),
+        ("weight", weight, 0, LARGEST_WEIGHT, "of at least 0"),
     ):
         if isinstance(number, bool) or not isinstance(number, Real):
             raise TypeError(f"{name} must be a number {wanted}, not {number!r}")

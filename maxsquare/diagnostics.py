@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maxsquare import functional
 from maxsquare.checks import check_labels, check_logits, check_map, check_options, check_size
 from maxsquare.engine.plain import LOWEST_LOGIT
 from maxsquare.functional import Size
@@ -138,6 +139,98 @@ def class_gradient_share(
     strength = slope.abs().sum(1, dtype=widest)
     shares = torch.stack([(strength * (labels == k)).sum() for k in range(logits.shape[1])])
     return (shares / shares.sum().clamp_min(torch.finfo(widest).tiny)).to(z.dtype)
+
+
+class Statistics(NamedTuple):
+    """What predictions on unlabelled images look like; scalars in nats, and (C,) proportions.
+
+    entropy: the mean over pixels of the entropy H(p). proportions: the mean prediction. diversity:
+    the entropy of that mean. information: diversity - entropy, the mutual information of pixel and
+    class. classes: how many classes are the prediction of some pixel.
+    """
+
+    entropy: Tensor
+    proportions: Tensor
+    diversity: Tensor
+    information: Tensor
+    classes: Tensor
+
+
+class PredictionStatistics:
+    r"""Statistics of a network's predictions over a whole unlabelled data set.
+
+    .. math:: I = H(\bar p) - \frac{1}{N} \sum_n H(p_n), \qquad
+              \bar p = \frac{1}{N} \sum_n p_n
+
+    Without labels, a higher information I chooses a weight or a checkpoint; a low mean entropy
+    alone does not, as it is lowest where one class has swallowed all others. A falling number of
+    predicted classes is the first sign of that.
+
+    Raises:
+        TypeError, ValueError: from `update`, as the losses; ValueError from `compute` if no pixel
+            was counted, and from `update` if the number of classes changes.
+
+    Example:
+        >>> import torch
+        >>> statistics = PredictionStatistics()
+        >>> for logits in (torch.tensor([[[9.0], [0.0]]]), torch.tensor([[[0.0], [9.0]]])):
+        ...     statistics.update(logits)
+        >>> round(statistics.compute().information.item(), 2)  # log 2: sure, and of both classes
+        0.69
+
+    Source: the mutual information of A. Krause et al., NIPS 2010, as a criterion of choice.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all predictions."""
+        self._sums: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(
+        self,
+        logits: Tensor,
+        *,
+        size: Size = None,
+        align_corners: bool = False,
+        valid: Tensor | None = None,
+    ) -> None:
+        """Count the predictions of a batch of logits (N, C) or (N, C, *spatial)."""
+        call = {"size": size, "align_corners": align_corners, "valid": valid}
+        z = logits.detach() if isinstance(logits, Tensor) else logits
+        entropy = functional.entropy(z, reduction="sum", **call)  # type: ignore[arg-type]
+        proportions = functional.class_proportions(z, **call)  # type: ignore[arg-type]
+        pixels, counts = functional.prediction_counts(z, **call)  # type: ignore[arg-type]
+        # Apple's GPUs have no float64.
+        widest = torch.float32 if z.device.type == "mps" else torch.float64
+        parts = (
+            entropy.view(1).to(widest),
+            pixels.sum().view(1).to(widest),
+            (proportions.to(widest) * pixels.unsqueeze(1)).sum(0),
+            counts.sum(0).to(widest),
+        )
+        if not self._sums:
+            self._sums = list(parts)
+            return
+        if len(self._sums[2]) != len(parts[2]):
+            raise ValueError(
+                f"logits must have {len(self._sums[2])} classes as before, not {len(parts[2])}"
+            )
+        self._sums = [a + b for a, b in zip(self._sums, parts, strict=True)]
+
+    def compute(self) -> Statistics:
+        """The statistics of all predictions since the last reset; the host waits for a GPU."""
+        if not self._sums or not self._sums[1].item():
+            raise ValueError("compute needs at least one counted pixel: call update before")
+        entropy, pixels, sums, counts = self._sums
+        proportions = sums / pixels
+        # -p log p is 0 where p is 0.
+        diversity = -torch.special.xlogy(proportions, proportions).sum()
+        mean_entropy = (entropy / pixels).squeeze(0)
+        information = diversity - mean_entropy
+        return Statistics(mean_entropy, proportions, diversity, information, (counts > 0).sum())
 
 
 def _check_single_head(loss: nn.Module) -> None:

@@ -376,7 +376,7 @@ def teacher_loss(
         counted = counts[:, :-1].sum()
         weights = _mean_weights(counted, z, reduction)
         if average == "share":
-            y, weights = everywhere, weights * (accepted / counted.clamp_min(1))
+            y, weights = everywhere, weights * accepted / counted.clamp_min(1)
     return _reduce(logits, z, weights, y, None, CrossEntropy(), reduction, spec)
 
 
@@ -417,33 +417,46 @@ def prediction_divergence(
     divergence = _bregman_divergence(mean, tau, q)
     if reduction == "none":
         if ratio is not None:
-            call = {"size": size, "align_corners": align_corners, "valid": valid, "labels": labels}
             weights = image_weights(
                 logits,
                 ratio=ratio,
+                size=size,
+                align_corners=align_corners,
+                valid=valid,
+                labels=labels,
                 ignore_index=ignore_index,
                 activation=activation,
                 from_logits=from_logits,
-                **call,
             )
         else:
             ones = z.new_ones((z.shape[0], *spec.spatial(z)), dtype=mean.dtype)
             ones = ones if counted_map is None else ones * counted_map
             weights = _pixels(ones, logits, spec)
-        per_channel = divergence.view(1, -1, *[1] * (weights.dim() - 2)) if spec.binary else None
-        return weights * (divergence.squeeze() if per_channel is None else per_channel)
+        if spec.binary:
+            return weights * divergence.view(1, -1, *[1] * (weights.dim() - 2))
+        return weights * divergence
     if ratio is None:
         weight = counted.to(mean.dtype)
         weight = weight / counted.sum().clamp_min(1) if reduction == "mean" else weight
     else:
-        _, counts = predicted = engine.classify(z, None, None, counted_map, spec)
+        _, predicted = engine.classify(z, None, None, counted_map, spec)
+        counts = predicted
         if labels is not None:
             check_map("labels", labels, logits, spec.spatial(z))
             _, counts = _label_classes(labels, logits, z, counted_map, ignore_index, spec)
         class_weights = _class_weights(counts, ratio, z.dtype)
-        weight = (class_weights * predicted[1][:, :-1]).sum(1)
+        weight = (class_weights * predicted[:, :-1]).sum(1)
         weight = weight / max(z.shape[0], 1) if reduction == "mean" else weight
     return (weight.view(-1, groups).sum(0) * divergence).sum()
+
+
+def prediction_counts(
+    logits: Tensor, *, size: Size, align_corners: bool, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(N,) numbers of counted pixels, and (N, C) numbers of pixels predicted as each class."""
+    z, valid, spec = _prepare(logits, size, align_corners, valid)
+    _, counts = engine.classify(z, None, None, valid, spec)
+    return counts.sum(1), counts[:, :-1]
 
 
 def max_square_factor(ratio: float | None, scale: str, classes: int) -> float:

@@ -522,6 +522,8 @@ class InformationMaximizationLoss(nn.Module):
     2020, for q = 1; the Bregman divergence of the other entropies is ours.
     """
 
+    prior: Tensor | None
+
     def __init__(
         self,
         target_loss: nn.Module,

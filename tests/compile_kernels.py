@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from maxsquare.engine import cuda
+from maxsquare.engine import LogitsSpec, cuda
 from maxsquare.potentials import CrossEntropy, Tsallis
 
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
@@ -86,7 +86,7 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], cuda.Launch]]:
         index = "*i8" if classes < 128 else "*i32"
         for potential in (Tsallis(2, -1), Tsallis(0.5), CrossEntropy()):
             launch = cuda.Launch(
-                *([z], size, True, False),
+                *([z], LogitsSpec(size, True)),
                 kind=potential.kind(),
                 by_class=True,
                 q=getattr(potential, "q", 0),
@@ -107,7 +107,7 @@ def cases() -> dict[str, tuple[Any, dict[str, Any], cuda.Launch]]:
                 launch,
             )
         for threshold in (0.95,):
-            launch = cuda.Launch([z], size, True, False)
+            launch = cuda.Launch([z], LogitsSpec(size, True))
             found[f"classify, threshold {threshold}, {name}"] = (
                 cuda._classify,
                 {

@@ -90,25 +90,6 @@ def test_a_half_written_file_is_refused(kept: float, tmp_path: Path) -> None:
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_file_with_damaged_bytes_is_refused_or_read(zipped: bool, tmp_path: Path) -> None:
-    path, draw = tmp_path / "last.pt", random.Random(0)
-    torch.save(STATE | {"model": {"w": torch.arange(9.0)}}, path,
-               _use_new_zipfile_serialization=zipped)  # fmt: skip
-    content, refused = path.read_bytes(), 0
-    for _ in range(500):
-        damaged = bytearray(content)
-        # The first bytes hold the pickle, where damage can mean anything.
-        damaged[draw.randrange(400)] = draw.randrange(256)
-        path.write_bytes(damaged)
-        try:
-            assert isinstance(checkpoint.read(path), dict)
-        except UserError as refusal:
-            assert str(refusal).startswith(str(path))
-            refused += 1
-    assert refused > 50
-
-
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x89PNG\r\n\x1a\n"])
 def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(content)
@@ -119,21 +100,6 @@ def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path) -> No
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.pt cannot be read .*No such file"):
         checkpoint.load(tmp_path / "none.pt")
-
-
-class _Attack:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
-    torch.save({"model": _Attack(tmp_path / "attacked")}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match=r"evil\.pt cannot be read"):
-        checkpoint.load(tmp_path / "evil.pt")
-    assert not (tmp_path / "attacked").exists()
 
 
 @pytest.mark.parametrize(
@@ -154,13 +120,26 @@ def test_a_checkpoint_of_another_run_is_refused(
 
 def test_a_checkpoint_without_a_needed_entry_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "last.pt", STATE)
-    assert checkpoint.load(tmp_path / "last.pt", needs={"model": dict, "step": int})["step"] == 3
+    assert checkpoint.load(tmp_path / "last.pt", needs=("model", "step"))["step"] == 3
     with pytest.raises(UserError, match=r"last\.pt is no checkpoint .* no entry 'random'"):
-        checkpoint.load(tmp_path / "last.pt", needs={"model": dict, "random": dict})
-    with pytest.raises(
-        UserError, match=r"last\.pt is no checkpoint .* entry 'step' is of type int"
-    ):
-        checkpoint.load(tmp_path / "last.pt", needs={"step": str})
+        checkpoint.load(tmp_path / "last.pt", needs=("model", "random"))
+
+
+def test_a_flipped_bit_among_the_weights_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({"model": {"w": torch.zeros(1000)}}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(4000)) + 2000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="last/data/0 in it is damaged"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
+def test_numpy_numbers_of_published_checkpoints_are_read(kind: type, tmp_path: Path) -> None:
+    torch.save({"best_MIou": kind(44.25)}, tmp_path / "published.pth")
+    best = checkpoint.read(tmp_path / "published.pth")["best_MIou"]
+    assert best == kind(44.25).item() and type(best) in (int, float)
 
 
 def test_the_random_state_survives_a_checkpoint(tmp_path: Path) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import chunk, folder_of_one_picture, png, saved
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -140,9 +140,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_only() -> None:
 
 def test_workers_that_outlive_an_epoch_see_the_next_one() -> None:
     dataset = datasets.open_dataset("gta5", TREES / "GTA5", "train", size=SIZE, augment="published")
-    loader = DataLoader(
-        dataset, num_workers=1, persistent_workers=True, multiprocessing_context="spawn"
-    )
+    loader = DataLoader(dataset, num_workers=1, persistent_workers=True)
     for epoch in range(3):
         dataset.set_epoch(epoch)
         for index, sample in enumerate(loader):
@@ -222,19 +220,38 @@ def test_truncated_file_is_named(trees: Path, part: str, kept: float) -> None:
 @pytest.mark.parametrize("part", ["images", "labels"])
 def test_file_whose_header_claims_a_huge_picture_is_named(trees: Path, part: str) -> None:
     path = trees / "GTA5" / part / "00001.png"
-    content = path.read_bytes()
-    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + content[24:29]
-    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    path.write_bytes(saved(Image.new("1", (13_500, 13_500)), "PNG"))
     dataset = datasets.open_dataset("gta5", trees / "GTA5", "train", size=SIZE)
     with pytest.raises(UserError, match=r"cannot be read \(Image size") as refusal:
         dataset[0]
     assert str(path) in str(refusal.value)
 
 
-def test_list_file_that_is_no_text_is_named(trees: Path) -> None:
-    (trees / "GTA5" / "list" / "train.txt").write_bytes(b"\xff\xfe0\x00")
-    with pytest.raises(UserError, match=r"list/train\.txt cannot be read"):
-        datasets.open_dataset("gta5", trees / "GTA5", "train")
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\xef\xbb\xbf00001\r\n\r\n00002", None),  # as Windows writes it
+        (b"00001\n 2 \n", None),
+        (b"x" * 300, "does not exist"),
+        ("00001\n".encode("utf-16"), r"list/train\.txt cannot be read"),
+    ],
+    ids=["windows", "spaces", "long", "utf-16"],
+)
+def test_list_files_name_images_or_are_named(content: bytes, told: str | None, trees: Path) -> None:
+    (trees / "GTA5" / "list" / "train.txt").write_bytes(content)
+    if told is None:
+        assert len(datasets.open_dataset("gta5", trees / "GTA5", "train")) == 2
+    else:
+        with pytest.raises(UserError, match=told):
+            datasets.open_dataset("gta5", trees / "GTA5", "train")
+
+
+def test_a_listed_name_may_hold_spaces(trees: Path) -> None:
+    for part in ("images", "labels"):
+        (trees / "GTA5" / part / "00001.png").rename(trees / "GTA5" / part / "a long name.png")
+    (trees / "GTA5" / "list" / "train.txt").write_text("a long name\n2\n")
+    dataset = datasets.open_dataset("gta5", trees / "GTA5", "train")
+    assert [sample.name for sample in dataset] == ["a long name", "00002"]
 
 
 @pytest.mark.parametrize(
@@ -320,24 +337,26 @@ def test_folder_without_images_is_refused(trees: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A generic data set: one picture whose left half is id 3 and whose right half is id 9."""
-    root = tmp_path / "folder"
-    for part in ("images", "labels"):
-        (root / part / "train").mkdir(parents=True)
-    ids = np.full((8, 16), 9, dtype=np.uint8)
-    ids[:, :8] = 3
-    Image.fromarray(ids).convert("RGB").save(root / "images" / "train" / "a.jpg")
-    Image.fromarray(ids).save(root / "labels" / "train" / "a.png")
-    (root / "label_map.json").write_text(json.dumps({"9": "road", "3": "lake", "0": None}))
-    return root
+    return folder_of_one_picture(tmp_path / "folder")
+
+
+def read(folder: Path, classes: int = 2) -> datasets.Sample:
+    """The only sample of the data set in a folder."""
+    (sample,) = datasets.open_dataset("folder", folder, "train", classes=classes)
+    return sample
 
 
 def test_folder_numbers_classes_in_the_order_of_its_map(folder: Path) -> None:
     dataset = datasets.open_dataset("folder", folder, "train", classes=2)
     assert dataset.space.names == ("road", "lake")
     assert dataset.space.colors[0] == datasets.LABEL_SPACES[19].colors[0]
-    assert (dataset[0].labels[:, :8] == 1).all()
-    assert (dataset[0].labels[:, 8:] == 0).all()
+    assert (dataset[0].labels == torch.tensor([1, 1, 0, 0])).all()
+
+
+def test_a_label_map_may_begin_with_a_byte_order_mark(folder: Path) -> None:
+    path = folder / "label_map.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    read(folder)
 
 
 @pytest.mark.parametrize(
@@ -345,9 +364,19 @@ def test_folder_numbers_classes_in_the_order_of_its_map(folder: Path) -> None:
     [
         ("{", r"not a JSON object"),
         ("[1]", r"not a JSON object"),
+        ("3", r"not a JSON object"),
         ('{"road": "7"}', r"not a JSON object"),
+        ('{"2.5": "road", "7": "lake"}', r"not a JSON object"),
         ('{"300": "road", "1": "lake"}', r"ids from 0 to 255"),
+        ('{"-1": "road", "1": "lake"}', r"ids from 0 to 255"),
+        ('{"9": "road", "1": 2}', r"class names"),
+        ('{"9": "road", "1": ["lake"]}', r"class names"),
+        ('{"9": "road", "1": ""}', r"class names"),
+        ('{"9": "road", "1": "\\u001b[2J"}', r"class names"),
+        ('{"9": "road", "3": "lake", "9": "lake"}', r"two entries for one label id"),
+        ('{"9": "road", "3": "lake", "09": "lake"}', r"two entries for one label id"),
         ('{"7": "road"}', r"names 1 classes, but 2"),
+        (json.dumps({str(i): str(i) for i in range(256)}), r"more than 255"),
     ],
 )
 def test_broken_label_map_is_named(folder: Path, content: str, message: str) -> None:
@@ -355,6 +384,154 @@ def test_broken_label_map_is_named(folder: Path, content: str, message: str) -> 
     with pytest.raises(UserError, match=message) as refusal:
         datasets.open_dataset("folder", folder, "train", classes=2)
     assert "label_map.json" in str(refusal.value)
+
+
+PALETTE = chunk(b"PLTE", bytes([10, 20, 30, 40, 50, 60]))
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (png(4, 2, bytes([5] * 8)), (5, 5, 5)),
+        (png(8, 2, b"\xff\xff", depth=1), (255, 255, 255)),
+        (png(4, 2, bytes([5, 0] * 8), color=4), (5, 5, 5)),
+        (png(4, 2, bytes([1, 2, 3] * 8), color=2), (1, 2, 3)),
+        (png(4, 2, bytes([1, 2, 3, 0] * 8), color=6), (1, 2, 3)),
+        (png(4, 2, bytes([1, 9, 2, 9, 3, 9] * 8), color=2, depth=16), (1, 2, 3)),
+        (png(4, 2, bytes([1] * 8), color=3, before=PALETTE), (40, 50, 60)),
+        (png(4, 2, bytes([1] * 8), color=3, before=PALETTE + chunk(b"tRNS", b"\0\x80")),
+         (40, 50, 60)),
+        (saved(Image.new("CMYK", (4, 2), (0, 0, 0, 255)), "JPEG"), (0, 0, 0)),
+    ],
+    ids=["grey", "1-bit", "grey-alpha", "rgb", "rgb-alpha", "rgb-16", "palette", "palette-alpha",
+         "cmyk"],
+)  # fmt: skip
+def test_images_of_every_mode_become_rgb(
+    content: bytes, wanted: tuple[int, ...], folder: Path
+) -> None:
+    (folder / "images" / "train" / "a.png").write_bytes(content)
+    dataset = datasets.open_dataset("folder", folder, "train", classes=2, labels=False)
+    rgb = datasets.to_rgb(dataset[0].image)
+    assert (rgb == torch.tensor(wanted).view(3, 1, 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "ids"),
+    [
+        (png(4, 2, bytes([1, 2, 3, 4] * 2)), [1, 2, 3, 4]),
+        (png(4, 2, bytes([1, 2, 3, 4] * 2), color=3, before=PALETTE), [1, 2, 3, 4]),
+        (png(4, 2, bytes([0, 1, 0, 2, 0, 3, 0, 4] * 2), depth=16), [1, 2, 3, 4]),
+        (png(4, 2, bytes([0, 1, 9, 9, 9, 9] * 8), color=2, depth=16), [1, 1, 1, 1]),
+        (png(4, 2, bytes([4, 4, 4] * 8), color=2), [4, 4, 4, 4]),
+        (png(4, 2, bytes([4, 4, 4, 255] * 8), color=6), [4, 4, 4, 4]),
+        (png(4, 2, b"\x50\x50", depth=1), [0, 1, 0, 1]),
+    ],
+    ids=["grey", "palette", "grey-16", "rgb-16", "rgb-grey", "rgb-alpha-grey", "1-bit"],
+)
+def test_labels_of_every_mode_are_ids(content: bytes, ids: list[int], folder: Path) -> None:
+    (folder / "labels" / "train" / "a.png").write_bytes(content)
+    names = {str(i): f"class {i}" for i in range(5)}
+    (folder / "label_map.json").write_text(json.dumps(names))
+    assert (read(folder, classes=5).labels == torch.tensor(ids)).all()
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "told"),
+    [
+        ("images", png(4, 2, bytes([1, 0] * 8), depth=16), "16 bits"),
+        ("labels", png(4, 2, bytes([1, 3] * 8), depth=16), "above 255"),
+        ("labels", png(4, 2, bytes([3, 9, 9] * 8), color=2), "it is a picture"),
+        ("labels", png(4, 2, bytes([3, 0] * 8), color=4), "it is a picture"),
+        ("labels", png(4, 2, bytes([3, 255] * 4)), "label id 255"),
+        ("labels", saved(Image.new("L", (4, 2), 3), "JPEG"), "it is no PNG file"),  # lossy
+    ],
+    ids=["grey-16", "large", "rgb", "grey-alpha", "unknown", "jpeg"],
+)
+def test_pictures_with_other_values_are_refused(
+    part: str, content: bytes, told: str, folder: Path
+) -> None:
+    path = folder / part / "train" / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=told) as refusal:
+        read(folder)
+    assert str(path) in str(refusal.value)
+
+
+def test_an_image_is_turned_upright_and_its_labels_must_be_so_too(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right by 90 degrees
+    # Stored as 2 x 4 pixels, black above white: upright, white is left of black.
+    stored = Image.fromarray(np.repeat(np.uint8([[0], [0], [255], [255]]), 2, axis=1))
+    path = folder / "images" / "train" / "a.png"
+    path.write_bytes(saved(stored, "PNG", exif=exif.tobytes()))
+    sample = read(folder)
+    assert sample.image.shape[1:] == sample.labels.shape == (2, 4)
+    assert (sample.image[:, :, :2] > sample.image[:, :, 2:]).all()
+    (folder / "labels" / "train" / "a.png").write_bytes(png(2, 4, bytes([3] * 8)))
+    with pytest.raises(UserError, match="across each other"):
+        read(folder)
+    report = datasets.check_data(datasets.open_dataset("folder", folder, "train", classes=2))
+    assert len(report.unreadable) == 1 and not report.usable
+
+
+def test_linked_folders_and_files_are_read(folder: Path, tmp_path: Path) -> None:
+    # As users of Cityscapes keep it: cities on another disk, the set itself elsewhere.
+    for part in ("images", "labels"):
+        city, elsewhere = folder / part / "train" / "aachen", tmp_path / "disk" / part
+        elsewhere.mkdir(parents=True)
+        shutil.copy(folder / part / "train" / "a.png", elsewhere / "b.png")
+        city.symlink_to(elsewhere, target_is_directory=True)
+        (folder / part / "train" / "c.png").symlink_to(elsewhere / "b.png")
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+    dataset = datasets.open_dataset("folder", tmp_path / "link", "train", classes=2)
+    assert [sample.name for sample in dataset] == ["a", "b", "c"]
+
+
+def test_a_link_in_a_circle_is_named(folder: Path) -> None:
+    link = folder / "images" / "train" / "again"
+    link.symlink_to(folder / "images", target_is_directory=True)
+    with pytest.raises(UserError, match="are one folder") as refusal:
+        read(folder)
+    assert str(link) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["images/train/a.png", "labels/train/a.png", "label_map.json", "GTA5/list/train.txt"]
+)
+def test_a_link_to_nothing_is_named(name: str, folder: Path) -> None:
+    shutil.copytree(TREES / "GTA5", folder / "GTA5")
+    (folder / name).unlink()
+    (folder / name).symlink_to("nowhere")
+    with pytest.raises(UserError) as refusal:
+        read(folder)
+        datasets.open_dataset("gta5", folder / "GTA5", "train")
+    assert str(folder / name) in str(refusal.value)
+
+
+def test_a_folder_that_may_not_be_read_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = folder / "images" / "train" / "closed"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:  # root may read everything
+        if path == str(closed):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"closed cannot be read \(Permission denied\)"):
+        read(folder)
+
+
+def test_hidden_files_and_folders_of_any_name_are_no_images(folder: Path) -> None:
+    images = folder / "images" / "train"
+    (images / "._a.png").write_bytes(b"\0\5\x16\7")  # macOS, beside a.png
+    (images / ".ipynb_checkpoints").mkdir()
+    shutil.copy(images / "a.png", images / ".ipynb_checkpoints" / "a-checkpoint.png")
+    (images / "x.png").mkdir()
+    read(folder)
 
 
 def test_folder_without_label_map_serves_as_target(folder: Path) -> None:
@@ -402,5 +579,5 @@ def test_check_data_lists_labels_of_another_size(trees: Path) -> None:
         labels.resize((48, 26), Image.Resampling.NEAREST).save(path)
     report = datasets.check_data(datasets.open_dataset("gta5", trees / "GTA5", "train"))
     image = trees / "GTA5" / "images" / "00002.png"
-    assert report.odd_sizes == [(image, (52, 96), (26, 48))]
+    assert report.odd_sizes == [image]
     assert report.usable

@@ -198,6 +198,14 @@ def test_weights_that_do_not_fit_are_named(
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
 
 
+def test_integers_are_no_weights(tmp_path: Path) -> None:
+    weights = tiny().state_dict()
+    weights["conv1.weight"] = weights["conv1.weight"].to(torch.uint8)
+    torch.save(weights, tmp_path / "quantised.pth")
+    with pytest.raises(UserError, match=r"has conv1\.weight in torch\.uint8"):
+        load_weights(tiny(), tmp_path / "quantised.pth")
+
+
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     weights = tiny().state_dict()
     del weights["layer2.0.conv3.weight"]

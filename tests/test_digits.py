@@ -127,7 +127,7 @@ def test_logits_have_stride_4_and_the_corners_of_the_canvas() -> None:
 
 def test_groups_tell_heads_stages_shortcuts_and_stem_apart() -> None:
     network = digits.SmallResNet(len(SPACE))
-    groups = adaptation.parameter_groups(network, 1.0, backbone_updates="published")
+    groups = adaptation.parameter_groups(network, 1.0, backbone_updates="duplicated")
     stem, stages, shortcuts, heads = ({id(p) for p in group["params"]} for group in groups)
     assert stem == {id(p) for part in (network.conv1, network.bn1) for p in part.parameters()}
     assert shortcuts == {id(p) for p in network.layer1.downsample.parameters()}
@@ -175,7 +175,7 @@ def test_the_target_weight_acts_except_on_the_control(source: digits.Weights) ->
 def test_backbone_learning_rate_leaves_the_heads_first_step(source: digits.Weights) -> None:
     one_step = replace(TINY, steps=1)
     once = one_step.adapt(source, 0, "maxsquare", 0.5)
-    for options in ({"lr_multiple": 3.0}, {"updates": "published"}):
+    for options in ({"lr_multiple": 3.0}, {"updates": "duplicated"}):
         changed = differs(once, one_step.adapt(source, 0, "maxsquare", 0.5, **options))
         assert "layer4.conv1.weight" in changed
         assert not [name for name in changed if name.startswith(adaptation.HEADS)]

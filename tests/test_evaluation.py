@@ -179,6 +179,7 @@ def _confusion_of_share(fabric: lightning_fabric.Fabric) -> list[list[int]]:
     return confusion
 
 
+@pytest.mark.stress  # test_examples runs the whole script with two processes
 def test_processes_that_share_the_images_return_the_scores_of_all() -> None:
     fabric = lightning_fabric.Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn")
     together = evaluate(Pooled(19), random_batches(19, 3), LABEL_SPACES[19])

@@ -6,12 +6,10 @@ import json
 import math
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -42,7 +40,7 @@ from uda import (
 )
 from uda.datasets import LABEL_SPACES
 from uda.errors import UserError
-from uda.presets import COMPARED, LISTED_IMAGES, PRESETS, SHIPPED, Method, Settings
+from uda.presets import COMPARED, DEMO_CHECKPOINT, LISTED_IMAGES, PRESETS, Method, Settings
 
 EXAMPLES = Path(train_uda.__file__).parent
 SIZE = (32, 64)
@@ -260,9 +258,9 @@ def test_exported_model_is_the_trained_one_in_half_precision(
 
 def test_demo_adapts_the_shipped_model() -> None:
     s = train_uda.parse([])
-    assert s.init == SHIPPED
-    assert SHIPPED.stat().st_size <= 3e6
-    network, trained = loading.load_network(SHIPPED)
+    assert s.init == DEMO_CHECKPOINT
+    assert DEMO_CHECKPOINT.stat().st_size <= 3e6
+    network, trained = loading.load_network(DEMO_CHECKPOINT)
     assert (trained.network, trained.classes, trained.aspp) == (s.network, s.classes, s.aspp)
     assert all(weight.isfinite().all() for weight in network.state_dict().values())
     # Folders of the machine that made it are not for others.
@@ -280,13 +278,13 @@ def test_missing_or_damaged_shipped_model_is_named(
 ) -> None:
     shipped = tmp_path / "model.safetensors"
     if damage == "truncated":
-        shipped.write_bytes(SHIPPED.read_bytes()[:100_000])
+        shipped.write_bytes(DEMO_CHECKPOINT.read_bytes()[:100_000])
     elif damage == "foreign":
         shipped.write_text("version https://git-lfs.github.com/spec/v1")
     elif damage == "other shapes":
         checkpoint.export(shipped, deeplab.deeplab_small(5).state_dict(), {})
     before = files(tmp_path)
-    monkeypatch.setattr(train_uda, "SHIPPED", shipped)
+    monkeypatch.setattr(train_uda, "DEMO_CHECKPOINT", shipped)
     assert train(tmp_path / "run", data_root, "--source-steps", "0") == 2
     assert str(shipped) in only_sentence(capsys)
     assert files(tmp_path) == before
@@ -362,27 +360,23 @@ def test_label_maps_that_do_not_fit_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "tolerance"), [(["--precision", "bf16"], 0.3), (["--channels-last"], 0.03)]
-)
-def test_faster_arithmetic_stays_close(
-    options: list[str], tolerance: float, tmp_path: Path, data_root: Path
-) -> None:
-    steps = ["--source-steps", "1", "--steps", "0"]
-    for name, extra in (("plain", ["--no-channels-last"]), ("fast", options)):
-        assert train(tmp_path / name, data_root, *steps, *extra) == 0
-    plain, fast = (
-        checkpoint.load(tmp_path / name / "source-only" / "last.pt") for name in ("plain", "fast")
-    )
-    assert {weight.dtype for weight in fast["model"].values()} == {torch.float32, torch.int64}
-    assert not torch.equal(gradient(fast), gradient(plain))
-    assert distance(gradient(fast), gradient(plain)) < tolerance
-
-
-def test_seed_changes_the_run(tmp_path: Path, data_root: Path, finished: Path) -> None:
-    assert train(tmp_path / "seed", data_root, "--seed", "1", "--steps", "0") == 0
-    first, second = (trained(out / "source-only/last.pt") for out in (finished, tmp_path / "seed"))
-    assert not same(first["model"], second["model"])
+def test_options_of_the_first_step(tmp_path: Path, data_root: Path) -> None:
+    """Faster arithmetic stays close, another seed does not."""
+    variants = {
+        "plain": ["--no-channels-last"],
+        "bf16": ["--no-channels-last", "--precision", "bf16"],
+        "channels last": ["--channels-last"],
+        "seed": ["--no-channels-last", "--seed", "1"],
+    }
+    for name, options in variants.items():
+        steps = ["--source-steps", "1", "--steps", "0", "--no-compare"]
+        assert train(tmp_path / name, data_root, *steps, *options) == 0
+    states = {name: trained(tmp_path / name / "source-only" / "last.pt") for name in variants}
+    assert {w.dtype for w in states["bf16"]["model"].values()} == {torch.float32, torch.int64}
+    plain, bf16, channels_last, seed = map(gradient, states.values())
+    assert 0 < distance(bf16, plain) < 0.3
+    assert 0 < distance(channels_last, plain) < 0.03
+    assert distance(seed, plain) > 0.5
 
 
 def test_adaptation_of_a_given_source_model_equals_the_whole_run(
@@ -482,14 +476,15 @@ def test_the_learning_rate_of_the_published_runs_does_not_quite_reach_zero() -> 
     assert settings.backbone_updates == "torch-1.0"
 
 
-@pytest.mark.parametrize(("horizon", "rate"), [(0, 0.5 * (1 / 3) ** 0.9), (4, 0.5 * 0.5**0.9)])
 def test_the_learning_rate_falls_towards_the_horizon(
-    horizon: int, rate: float, tmp_path: Path, data_root: Path
+    tmp_path: Path, data_root: Path, finished: Path
 ) -> None:
-    options = ["--source-steps", "1", "--lr", "0.5", "--horizon", str(horizon)]
+    options = ["--source-steps", "1", "--lr", "0.5", "--horizon", "4", "--no-compare"]
     assert train(tmp_path, data_root, *options, "--method", "source") == 0
-    group, *_ = trained(tmp_path / "last.pt")["optimizer"]["param_groups"]
-    assert group["lr"] == pytest.approx(rate)
+    s = PRESETS["demo"].settings
+    for folder, rate in ((tmp_path, 0.5 * 0.5**0.9), (finished, s.lr * (1 / 3) ** 0.9)):
+        group, *_ = trained(folder / "last.pt")["optimizer"]["param_groups"]
+        assert group["lr"] == pytest.approx(rate)
 
 
 def test_low_weight_zero_trains_one_head_of_the_source_model(
@@ -510,22 +505,20 @@ SHORT = (
 ).split()
 
 
-@pytest.mark.parametrize("how", [["--check-data"], ["--out"]])
 def test_a_published_row_warns_without_the_published_list(
-    how: list[str], tmp_path: Path, own_data: Path, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, own_data: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    how = [*how, str(tmp_path / "run")] if how == ["--out"] else how
-    options = [*SHORT, "--data-root", str(own_data), *how]
+    options = [*SHORT, "--data-root", str(own_data)]
     monkeypatch.setenv("COLUMNS", "300")
-    assert train_uda.main(options) == 0
-    printed = capsys.readouterr().out
     list_file = own_data / "GTA5" / "list" / "train.txt"
-    assert "12,403" in printed and str(list_file) in printed
+    for how in (["--check-data"], ["--out", str(tmp_path / "run")]):
+        assert train_uda.main([*options, *how]) == 0
+        printed = capsys.readouterr().out
+        assert "12,403" in printed and str(list_file) in printed
     # As many images as the published list, here: no warning.
     monkeypatch.setitem(LISTED_IMAGES, "gta5", SCENES)
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    assert train_uda.main(options) == 0
+    assert train_uda.main([*options, "--check-data"]) == 0
     assert "list/train.txt" not in capsys.readouterr().out
 
 
@@ -568,46 +561,29 @@ def test_settings_survive_json() -> None:
 
 def test_settings_of_other_versions_are_understood() -> None:
     content = outputs.as_json(Settings(lr=0.5)) | {"of a later version": 1}
+    content["backbone_updates"] = "published"  # its name up to 0.2.0
     del content["aspp"], content["data_root"], content["source_size"]
-    assert outputs.from_json(content) == Settings(lr=0.5)
+    assert outputs.from_json(content) == Settings(lr=0.5, backbone_updates="duplicated")
 
 
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        ([], "list"),
-        ("text", "str"),
-        ({"classes": "19"}, "--classes"),
-        ({"classes": True}, "--classes"),
-        ({"network": None}, "--network"),
-        ({"target_size": [32]}, "--target-size"),
-        ({"target_size": "large"}, "--target-size"),
-        ({"target_folder": 5}, "--target-folder"),
-        ({"data_root": 5}, "--data-root"),
-        ({"lr": "fast"}, "--lr"),
         ({"lr": math.nan}, "--lr"),
-        ({"batch_size": 2.5}, "--batch-size"),
+        ({"classes": 1}, "--classes"),
+        ({"target_size": [0, 8]}, "--target-size"),
+        ({"target_size": 8}, "holds settings"),
     ],
 )
 def test_checkpoint_with_unusable_settings_is_refused(
-    damage: Any, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: dict[str, Any], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = outputs.as_json(Settings()) | damage if isinstance(damage, dict) else damage
+    settings = outputs.as_json(Settings()) | damage
     checkpoint.save(tmp_path / "odd.pt", {"settings": settings, "model": {}})
     for script in (evaluate, adapt_online):
         assert script.main([str(tmp_path / "odd.pt")]) == 2
         message = only_sentence(capsys)
         assert "odd.pt holds settings" in message and named in message
-
-
-def test_weights_without_names_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint.save(tmp_path / "odd.pt", {"model": {7: torch.zeros(1)}})
-    assert evaluate.main([str(tmp_path / "odd.pt")]) == 2
-    assert "odd.pt holds no weights" in only_sentence(capsys)
-    assert train(tmp_path / "run", tmp_path, "--init", str(tmp_path / "odd.pt")) == 2
-    assert "odd.pt holds no weights" in only_sentence(capsys)
 
 
 # Data order
@@ -634,14 +610,16 @@ def test_processes_share_each_batch(data_root: Path) -> None:
         assert list(batch.name) == [*first.name, *second.name]
 
 
-@pytest.mark.parametrize("option", ["--processes", "--machines"])
+@pytest.mark.parametrize(
+    "option", ["--processes", pytest.param("--machines", marks=pytest.mark.stress)]
+)
 def test_two_processes_train_as_one(own_data: Path, tmp_path: Path, option: str) -> None:
     """Half of the batch each and frozen BatchNorm give the weights of one process."""
     for path in (own_data / "GTA5" / "labels").iterdir():
         # A mean over pixels is the mean of its halves only if both count as many pixels.
         Image.new("L", (SIZE[1], SIZE[0]), 7).save(path)
     options = ["--scenes", "0", "--freeze-bn", "--method", "maxsquare-iw", "--source-steps", "1",
-               "--steps", "1"]  # fmt: skip
+               "--steps", "1", "--no-compare"]  # fmt: skip
     assert train(tmp_path / "one", own_data, *options) == 0
     options += ["--data-root", str(own_data), option, "2"]
     with socket.socket() as free:
@@ -652,7 +630,12 @@ def test_two_processes_train_as_one(own_data: Path, tmp_path: Path, option: str)
         run_script(tmp_path / "two", *options, **address, NODE_RANK=str(rank))
         for rank in range(2 if option == "--machines" else 1)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0] * len(processes)
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0] * len(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     one, two = (checkpoint.load(tmp_path / name / "last.pt") for name in ("one", "two"))
     # Rounding switches some ReLUs of the untrained network: in float64 it is exact.
     assert distance(gradient(two), gradient(one)) < 0.03
@@ -682,10 +665,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int
 
 
 MOMENTS = {
-    "before the first checkpoint": (train_uda.adaptation, "source_step", 1),
     "in the source stage": (train_uda.adaptation, "source_step", 4),
-    "in an evaluation": (train_uda, "evaluate", 1),
-    "between the stages": (train_uda.adaptation, "adaptation_step", 1),
     "in the adaptation": (train_uda.adaptation, "adaptation_step", 3),
     "while a checkpoint is written": (checkpoint.os, "fsync", 4),
     "between best and last": (checkpoint.os, "replace", 7),
@@ -714,23 +694,6 @@ def test_killed_and_resumed_run_is_bit_identical(
     assert resumed["source_only"] == whole["source_only"]
 
 
-def test_run_killed_by_the_system_can_be_resumed(tmp_path: Path, finished: Path) -> None:
-    """The whole script as a process, which renders its own scenes, killed at its first save."""
-    out = tmp_path / "run"
-    process = run_script(out)
-    try:
-        deadline = time.monotonic() + 120
-        while not (out / "source-only" / "last.pt").exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert train_uda.main([*TINY, "--out", str(out), "--resume"]) == 0
-    assert same(trained(out / "last.pt"), trained(finished / "last.pt"))
-
-
 def test_resume_of_a_finished_run_changes_no_result(
     tmp_path: Path, data_root: Path, finished: Path
 ) -> None:
@@ -752,7 +715,7 @@ def test_resume_refuses_other_numbers_of_images(
     own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another number of images has another order."""
-    options = ["--scenes", "0", "--steps", "0"]
+    options = ["--scenes", "0", "--source-steps", "1", "--steps", "0", "--no-compare"]
     assert train(tmp_path / "run", own_data, *options) == 0
     (own_data / "GTA5" / "images" / "00001.png").unlink()
     capsys.readouterr()
@@ -760,7 +723,7 @@ def test_resume_refuses_other_numbers_of_images(
     assert "training_images" in only_sentence(capsys)
 
 
-@pytest.mark.parametrize("content", ["", "{", "null", "[]", "\udcff"])
+@pytest.mark.parametrize("content", ["", "null", "\udcff"])
 def test_resume_names_damaged_settings(
     content: str, tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -773,9 +736,9 @@ def test_resume_names_damaged_settings(
 
 
 @pytest.mark.parametrize(
-    "entry", ["model", "optimizer", "random", "step", "seconds", "confusion", "best", "stage"]
+    ("stage", "entry"),
+    [("source-only", "random"), (".", "optimizer"), (".", "log"), ("target-statistics", "best")],
 )
-@pytest.mark.parametrize("stage", [train_uda.SOURCE_ONLY, "."])
 def test_resume_names_what_a_checkpoint_lacks(
     stage: str,
     entry: str,
@@ -784,6 +747,7 @@ def test_resume_names_what_a_checkpoint_lacks(
     finished: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """A checkpoint of 0.2.0 has no "log", for example."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     state = checkpoint.load(run / stage / "last.pt")
     del state[entry]
@@ -793,6 +757,17 @@ def test_resume_names_what_a_checkpoint_lacks(
     message = only_sentence(capsys)
     assert "last.pt" in message and repr(entry) in message
     assert before.items() <= files(run).items()
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(
+    tmp_path: Path, data_root: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    for entry, value in (("model", {}), ("optimizer", {}), ("random", {"python": 1})):
+        state = checkpoint.load(finished / "last.pt") | {entry: value}
+        checkpoint.save(run / "last.pt", state)
+        assert train(run, data_root, "--resume") == 2
+        assert "last.pt does not hold the state of such a run" in only_sentence(capsys)
 
 
 def test_a_kill_while_json_is_written_leaves_the_old_document(
@@ -813,14 +788,13 @@ def test_a_kill_while_json_is_written_leaves_the_old_document(
     ("options", "named"),
     [
         (["--preset", "nonsense"], "--preset nonsense"),
+        (["--backbone-updates", "published"], "write duplicated"),
         (["--batch-size", "0"], "--batch-size"),
         (["--source-size", "0", "4"], "--source-size"),
-        (["--source-size", "1", "1"], "--source-size"),
         (["--target-size", "32", "7"], "--target-size"),
         (["--seed", "-1"], "--seed"),
         (["--seed", "99999999999"], "--seed"),
         (["--lr", "nan"], "--lr"),
-        (["--target-weight", "nan"], "--target-weight"),
         (["--weight-decay", "inf"], "--weight-decay"),
         (["--machines", "2"], "MASTER_ADDR"),
         (["--batch-size", "3", "--processes", "2"], "--processes"),
@@ -980,6 +954,7 @@ def test_a_killed_loader_process_becomes_a_sentence(capsys: pytest.CaptureFixtur
         report.exit_code(partial(fail, RuntimeError("a bug")))
 
 
+@pytest.mark.stress
 def test_a_loader_process_killed_a_moment_later_becomes_no_second_message() -> None:
     # A batch does not come because a process died; another is killed while the destructor of the
     # pass over the images waits for it.
@@ -1040,8 +1015,9 @@ def relabel(path: Path) -> None:
     Image.new("L", (SIZE[1], SIZE[0]), 77).save(path)
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("damage", [truncate, relabel, Path.unlink])
+@pytest.mark.parametrize(
+    ("damage", "workers"), [(truncate, "0"), (relabel, "1"), (Path.unlink, "0")]
+)
 def test_damaged_label_is_named(
     damage: Callable[[Path], None],
     workers: str,
@@ -1068,7 +1044,7 @@ def test_target_training_labels_are_never_opened(
     own_data: Path, tmp_path: Path, finished: Path
 ) -> None:
     shutil.rmtree(own_data / "Cityscapes" / "gtFine" / "train")
-    assert train(tmp_path / "run", own_data, "--scenes", "0") == 0
+    assert train(tmp_path / "run", own_data, "--scenes", "0", "--no-compare") == 0
     assert same(trained(tmp_path / "run" / "last.pt"), trained(finished / "last.pt"))
 
 
@@ -1119,10 +1095,10 @@ def test_full_disk_keeps_the_last_checkpoint(
     saves = 0
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.os, "fsync", fsync)
-        assert train(tmp_path / "run", data_root) == 2
+        assert train(tmp_path / "run", data_root, "--no-compare") == 2
     assert "No space left on device" in only_sentence(capsys)
     assert checkpoint.load(tmp_path / "run" / "source-only" / "last.pt")["step"] == 2
-    assert train(tmp_path / "run", data_root, "--resume") == 0
+    assert train(tmp_path / "run", data_root, "--resume", "--no-compare") == 0
 
 
 def test_diverging_run_stops_before_it_saves(
@@ -1260,12 +1236,13 @@ def test_evaluate_names_a_missing_checkpoint(capsys: pytest.CaptureFixture[str])
 
 
 def test_adapt_online_compares_what_the_network_may_learn_from(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert adapt_online.main([str(finished / "source-only" / "last.pt")]) == 0
-    printed = capsys.readouterr().out
-    for column in ("as trained", "statistics", "entropy", "maximum squares", "mIoU"):
-        assert column in printed
+    (header,) = (line for line in capsys.readouterr().out.splitlines() if "IoU (%)" in line)
+    for column in ("as trained", "statistics", "entropy", "maximum squares", "with information"):
+        assert column in header
 
 
 def test_minimal_loop_runs_and_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from maxsquare import MaxSquareLoss, functional
 FOLDER = Path(__file__).parents[1] / "examples" / "integrations"
 LIBRARIES = {
     "lightning_module": "lightning",
+    "mean_teacher": "torchvision",
     "monai_unet": "monai",
     "smp_deeplab": "segmentation_models_pytorch",
     "tent_classification": "timm",

@@ -40,7 +40,7 @@ from uda import checkpoint, outputs
 TINY = (
     "--scenes 4 --source-size 32 64 --target-size 32 64 --source-steps 5 --source-horizon 5 "
     "--steps 5 --batch-size 2 --workers 0 --device cpu --log-every 1 --save-every 2 "
-    "--evaluate-every 2 --source-evaluate-every 3 --compare"
+    "--evaluate-every 2 --source-evaluate-every 3 --no-compare"
 ).split()
 # What a run writes.
 FILES = (
@@ -453,7 +453,7 @@ def test_runs_that_draw_into_one_data_root_at_once_share_it_or_are_refused(
 @pytest.mark.stress
 def test_a_clock_set_back_changes_nothing(tmp_path: Path, whole: Run, start: Start) -> None:
     out = tmp_path / "run"
-    moment = Moment(KILL, on="source/last.pt", count=4)
+    moment = Moment(KILL, on="run/last.pt", count=4)
     killed(start(out, moment=moment, before=set_clock_back))
     run = start(out, "--resume", before=set_clock_back)
     assert run.wait() == 0, run.said()
@@ -501,7 +501,7 @@ def test_memory_handles_and_threads_stay_the_same_over_many_steps(
 ) -> None:
     steps, notes = round(stress_budget(usual)), tmp_path / "notes"
     options = (
-        "--scenes 12 --source-steps 1 --source-evaluate-every 0 --no-compare --workers 1 "
+        "--scenes 12 --source-steps 1 --source-evaluate-every 0 --workers 1 "
         f"--steps {steps} --horizon 0 --log-every 5 --save-every 20 --evaluate-every 20"
     ).split()
     run = start(tmp_path / "run", *options, before=partial(measure, notes, 5))

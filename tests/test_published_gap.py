@@ -15,7 +15,7 @@ from uda.presets import PRESETS
 
 RULES: dict[BackboneUpdates, tuple[float, float]] = {
     "torch-1.0": (5.61, 9.049),
-    "published": (3, 4),
+    "duplicated": (3, 4),
     "once": (1, 1),
 }
 
@@ -35,7 +35,7 @@ def test_torch_1_0_decays_as_often_as_all_listings_before_together() -> None:
         return [-math.log(value) for value in left]
 
     once = decays("once")
-    for updates, times in (("published", (3, 4)), ("torch-1.0", (1 + 2 + 3, 1 + 2 + 3 + 4))):
+    for updates, times in (("duplicated", (3, 4)), ("torch-1.0", (1 + 2 + 3, 1 + 2 + 3 + 4))):
         ratios = [a / b for a, b in zip(decays(updates), once, strict=True)]
         assert ratios == pytest.approx(times, rel=0.03)
 

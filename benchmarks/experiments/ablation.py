@@ -1,13 +1,13 @@
-"""Which part of the method helps, and by how much: every target loss on the same footing.
+"""Which part of the method helps, and by how much: all target losses under the same conditions.
 
     python benchmarks/experiments/ablation.py  # rendered street scenes: an hour, 2 cores
     python benchmarks/experiments/ablation.py --task digits  # real handwriting: a quarter of that
     python benchmarks/experiments/ablation.py --summary-only  # tables and plots again
 
-Each method chooses its target weight from as many values as every other, by the labels of the
-target's validation images, on seeds that are not reported. Then, with each reported seed, all
-methods start from the same source model and see the same images in the same order, so that their
-differences are paired. A run that was stopped goes on where it was.
+Each method chooses its target weight from the same number of values, by the labels of the target's
+validation images, on seeds that are not reported. Then, with each reported seed, all methods start
+from the same source model and see the same images in the same order, so that their differences are
+paired. A run that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import cases
 from uda import checkpoint, outputs, report
 from uda.datasets import Progress
 from uda.errors import UserError
-from uda.presets import SHIPPED
+from uda.presets import DEMO_CHECKPOINT
 
 QUESTION = "Which part of the method helps on the target, and by how much?"
 TUNING_SEEDS = (100, 102)
@@ -52,14 +52,14 @@ Weights = dict[str, torch.Tensor]
 class Task(Protocol):
     """A pair of domains, a network, and a recipe for training on them.
 
-    A model depends on the arguments of the method that makes it alone, so that a run can be
+    A model depends only on the arguments of the method that makes it, so that a run can be
     repeated. A task can be pickled: each worker process has its own.
 
     Attributes:
         name: stem of the result files.
         score_name: what `score` returns, with its unit.
-        base: what data, network and recipe are, a line each.
-        weights: of the target loss, from which each method chooses.
+        base: one line each on data, network and recipe.
+        weights: the weights of the target loss from which each method chooses.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Task(Protocol):
     weights: tuple[float, ...]
 
     def prepare(self, on_progress: Progress) -> None:
-        """Make what several runs share; called once, before any other method."""
+        """Prepare the data that the runs share; called once, before any other method."""
 
     def train_source(self, seed: int) -> Weights:
         """A model that has learnt from labelled source images."""
@@ -77,10 +77,10 @@ class Task(Protocol):
         """The model with BatchNorm's running statistics taken from target training images."""
 
     def adapt(self, source: Weights, seed: int, method: str, weight: float) -> Weights:
-        """The model after learning on with the target loss of a method ("source": with none)."""
+        """The model after further training with the target loss of a method ("source": none)."""
 
     def score(self, weights: Weights) -> tuple[float, dict[str, float | None]]:
-        """On labelled target validation images: the score over all, and of each class."""
+        """The score on labelled target validation images, over all classes and of each."""
 
 
 @runtime_checkable
@@ -88,11 +88,11 @@ class Explaining(Protocol):
     """A task that tells more about a model than its score."""
 
     def explain(self, weights: Weights) -> tuple[float, dict[str, float]]:
-        """Mean confidence on target validation images, share predicted as each class; percent."""
+        """Mean confidence on target validation images, and share of each predicted class, in %."""
 
 
 class Row(NamedTuple):
-    """A line of the table: how its model is made from the source model."""
+    """A line of the table, and the method that makes its model from the source model."""
 
     label: str
     method: str | None = None
@@ -114,7 +114,7 @@ ROWS = {
     "pseudo-label": Row("pseudo labels", "pseudo-label"),
 }
 METHODS = [name for name, row in ROWS.items() if row.method not in (None, CONTROL)]
-# What one row adds to another; the paper's ladder first.
+# Pairs of rows whose difference is a step; the steps of the paper come first.
 STEPS = {
     ("maxsquare", "entropy"): "maximum squares − entropy",
     ("maxsquare", "tsallis-1.5"): "maximum squares − Tsallis, q = 1.5",
@@ -134,7 +134,7 @@ EQUALISED = (
     *STEPS,
 )
 
-# Of all pixels; a class predicted less often counts as given up.
+# Percent of all pixels; a class that is predicted less often counts as given up.
 GIVEN_UP_BELOW = 0.1
 
 
@@ -149,13 +149,13 @@ class Options:
     workers: int = os.cpu_count() or 1
     """Processes that train at the same time, one thread each."""
     work: Path | None = None
-    """Folder of the finished runs, from which a stopped run goes on; default:
+    """Folder of the finished runs, from which a stopped run continues; default:
     runs/ablation-TASK."""
     data_root: Path | None = None
     """Folder of the rendered scenes (made if missing); default: data/ in --work."""
     sources: tuple[Path, ...] = ()
-    """Source models of the street scenes, checkpoints or exported files, which the seeds take in
-    turn; default: the one that the demo adapts."""
+    """Source models of the street scenes, checkpoints or exported files, which the seeds use in
+    turn; default: the source model of the demo."""
     out: Path = cases.RESULTS
     """Folder for tables and plot."""
     summary_only: bool = False
@@ -180,7 +180,7 @@ Finished = dict[Run, dict[str, Any]]
 def main(arguments: Sequence[str] | None = None) -> int:
     return report.exit_code(
         lambda: run(report.command_line(Options, arguments), Console()),
-        stopped="Stopped: the same command goes on from here.",
+        stopped="Stopped: the same command continues from here.",
     )
 
 
@@ -195,8 +195,8 @@ def run(options: Options, console: Console) -> None:
             train(make_task(options, folder), folder, options, console)
         except BrokenProcessPool as error:
             raise UserError(
-                "A training process was ended from outside, perhaps for lack of memory: the same "
-                "command goes on from here, with less memory if --workers is smaller."
+                "A training process was killed, perhaps for lack of memory: the same command "
+                "continues from here, and takes less memory with fewer --workers."
             ) from error
     write(summarize(*load(folder)), options.out, console)
 
@@ -209,17 +209,17 @@ def make_task(options: Options, folder: Path) -> Task:
         return Digits()
     from street_scenes import StreetScenes
 
-    return StreetScenes(options.data_root or folder / "data", options.sources or (SHIPPED,))
+    return StreetScenes(options.data_root or folder / "data", options.sources or (DEMO_CHECKPOINT,))
 
 
 # Runs
 
 
 def startable(weights: Sequence[float], seeds: int, finished: Finished) -> list[Run]:
-    """Every run whose prerequisites are finished, whether it is itself or not; first things first.
+    """Every run whose prerequisites are finished, including finished runs, in the order to start.
 
-    Nothing of a reported seed has a say in the choice of weights, but its source model need not
-    wait for that choice.
+    Reported seeds do not influence the choice of weights, but their source models need not wait for
+    that choice.
     """
     runs = [Run(seed, SOURCE_ONLY) for seed in TUNING_SEEDS]
     runs += [run for run in tuning_runs(weights) if Run(run.seed, SOURCE_ONLY) in finished]
@@ -276,7 +276,7 @@ def train(task: Task, folder: Path, options: Options, console: Console) -> None:
     finished = dict(read_runs(folder))
     total = total_runs(task.weights, options.seeds)
     with report.progress_bar(console) as progress:
-        # A run takes a minute or so: the time left is to be estimated from many of them.
+        # A run takes about a minute, so the remaining time is estimated from many runs.
         progress.speed_estimate_period = 3600.0
         preparing = progress.add_task("data", total=None, note="")
         task.prepare(lambda done, of: progress.update(preparing, completed=done, total=of))
@@ -316,7 +316,7 @@ def claim(folder: Path, task: Task, options: Options) -> None:
             if earlier.get(name) != value:
                 raise UserError(
                     f"{folder} holds runs with {name} {earlier.get(name)}, not {value}: choose "
-                    "another --work, or go on with what they were started with."
+                    "another --work, or continue with the settings of these runs."
                 )
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds something else: choose another --work.")
@@ -351,10 +351,10 @@ def read_runs(folder: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
 
 
 def read(path: Path, entries: Iterable[str], remedy: str) -> dict[str, Any]:
-    """What was written there, if it is whole."""
+    """The content of a JSON file of ours; UserError if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # neither JSON nor perhaps text
+    except ValueError:  # no JSON, or no text at all
         content = None
     if not isinstance(content, dict) or not content.keys() >= {*entries}:
         raise UserError(f"{path} is damaged: {remedy}.")
@@ -423,7 +423,7 @@ def execute(run: Run) -> dict[str, Any]:
     result: dict[str, Any] = {"run": run, "score": score, "per_class": per_class}
     if run.seed not in TUNING_SEEDS:
         if row.method is not None:
-            # How much is left for the loss when BatchNorm has seen the target anyway.
+            # The gain of the loss beyond that of BatchNorm statistics of the target.
             with_statistics = task.target_statistics(weights, run.seed)
             result["score_with_target_statistics"], _ = task.score(with_statistics)
         if isinstance(task, Explaining):
@@ -437,7 +437,7 @@ def execute(run: Run) -> dict[str, Any]:
 
 
 def load(folder: Path) -> tuple[dict[str, Any], Finished]:
-    """What the runs in a folder were started with, and their results; all must be finished."""
+    """The settings of the runs in a folder, and their results; all must be finished."""
     if not settings_path(folder).is_file():
         raise UserError(f"{folder} holds no runs: check --work.")
     started_with = read_settings(folder)
@@ -520,7 +520,7 @@ def mean(values: Sequence[float]) -> float | None:
 def mean_per_class(
     results: Sequence[Mapping[str, float | None]],
 ) -> dict[str, float | None]:
-    """Mean over seeds; None for a class that some seed has no score for."""
+    """Mean over seeds; None for a class without a score on some seed."""
     classes = results[0] if results else ()
     columns = {c: [result[c] for result in results] for c in classes}
     return {c: None if None in values else mean(values) for c, values in columns.items()}
@@ -529,7 +529,7 @@ def mean_per_class(
 def difference(scores: Sequence[float], against: Sequence[float]) -> dict[str, Any]:
     """Mean paired difference over seeds with its 95% confidence interval (Student's t)."""
     differences = [a - b for a, b in zip(scores, against, strict=True)]
-    if len({*differences}) == 1:  # no spread, for which t is not defined
+    if len({*differences}) == 1:  # t is not defined without spread
         low = high = differences[0]
     else:
         low, high = map(float, ttest_rel(scores, against).confidence_interval(0.95))
@@ -541,7 +541,7 @@ def difference(scores: Sequence[float], against: Sequence[float]) -> dict[str, A
     }
 
 
-# Telling
+# Report
 
 
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
@@ -585,7 +585,7 @@ def short(value: float | None) -> str:
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """The tables with what one must know to read them."""
+    """The tables, with the explanations that they need."""
     score, environment = summary["score"], summary["environment"]
     sections = [
         f"# {QUESTION}",
@@ -732,7 +732,7 @@ def plot(summary: Mapping[str, Any]) -> Figure:
     """
     rows, seeds = summary["rows"], summary["seeds"]
     as_they_are, equalised = pairs(summary), pairs(summary, "differences_with_target_statistics")
-    # Groups are set apart: without a target loss, with one.
+    # A gap separates the rows without a target loss from those with one.
     gaps = {SOURCE_ONLY: 0.0, METHODS[0]: 0.5}
     places: dict[str, float] = {}
     gap = 0.0

@@ -3,8 +3,8 @@
     python benchmarks/experiments/digits.py   # a picture of the data
 
 Nothing here is drawn by this project: a canvas holds three to six real digits, and the label of a
-pixel is the digit whose ink lies there, else background. What differs between the domains is the
-people who wrote, their country, the form they filled in, and the resolution.
+pixel is the digit whose ink lies there, else background. The domains differ in the writers, their
+country, the form they filled in, and the resolution.
 
     source (labelled)    MNIST: Y. LeCun, C. Cortes, C. J. C. Burges; made from forms that NIST
                          collected in the USA. The first 500 digits of each class, 28x28, as
@@ -16,15 +16,17 @@ people who wrote, their country, the form they filled in, and the resolution.
                          `sklearn.datasets.load_digits` holds them (scikit-learn: BSD 3-Clause). The
                          images are available under CC BY 4.0.
 
-Neither package states a licence for the images apart from its own; those above are what the data
-sets are known to be published under. Both packages hold the images, so nothing is downloaded.
+Neither package states a licence for the images apart from its own; the licences above are those
+under which the data sets are known to be published. Both packages contain the images, so nothing
+is downloaded.
 
-Decided before any adaptation was run: labels come from the larger, sharper data set that everybody
-has, and are missing in the smaller one of a few writers, as in practice; the ten digits are equally
-frequent, as in both data sets, and it is the background that dominates. Sizes, network, number of
-steps and learning rates (which ended up as those of the street scenes) were chosen by how well a
-source model learns the source. A quarter of either domain's digits is kept for validation. Neither
-data set says who wrote which digit, so a writer's digits may be on both sides of that split.
+These choices were made before any adaptation was run. Labels come from the larger, sharper data set
+that everybody has, and are missing in the smaller one of a few writers, as in practice. The ten
+digits are equally frequent, as in both data sets, and the background dominates. Sizes, network,
+number of steps and learning rates (in the end those of the street scenes) were chosen by how well a
+source model learns the source. A quarter of the digits of each domain is kept for validation.
+Neither data set says who wrote which digit, so a writer's digits may be on both sides of that
+split.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -46,7 +48,6 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import cases
-import maxsquare
 from uda import adaptation, report
 from uda.adaptation import BackboneUpdates
 from uda.datasets import LabelSpace, Progress, Sample
@@ -61,7 +62,8 @@ TRIES = 50  # random places tried for a digit before it is left out
 INK = 0.3  # a pixel with at least this share of full ink belongs to the digit
 VALIDATION_SHARE = 0.25
 
-# Okabe and Ito's palette and three greys; numbers in the picture tell apart what colours cannot.
+# Okabe and Ito's palette and three greys; the picture also shows numbers for readers who cannot
+# tell the colours apart.
 COLORS = (
     "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7 #FFFFFF #999999 #666666"
 ).split()
@@ -183,9 +185,9 @@ def draw_batch(handwriting: Handwriting, count: int, seed: tuple[int, ...]) -> S
 
 
 class SmallResNet(nn.Module):
-    """A residual network at stride 4 with a final and a low-level head, as `DeepLabV2` has them.
+    """A residual network at stride 4 with a final and a low-level head, like `DeepLabV2`.
 
-    Layers are named as there, which is how `adaptation.parameter_groups` knows them.
+    `adaptation.parameter_groups` recognises the layers by their names, those of DeepLabV2.
 
     Shape: images (N, 1, H, W) to a pair (logits, low_logits), each (N, classes, h, w).
     """
@@ -214,7 +216,7 @@ class SmallResNet(nn.Module):
 
 # Task
 
-# What a canvas is for; with the seed and a number it fixes the canvas.
+# The purpose of a canvas; together with the seed and a number it determines the canvas.
 SOURCE, TARGET, STATISTICS, VALIDATION = range(4)
 STATISTICS_BATCHES = 50
 
@@ -243,13 +245,13 @@ class Digits:
     momentum = 0.9
     weight_decay = 5e-4
     low_weight = 0.1
-    # Published is 0.1 for 29,750 steps. With a grid that ended at 12.5, run through all seeds,
-    # every method had chosen its end, and with 62.5 two of them.
+    # The published 0.1 is for 29,750 steps. On a grid up to 12.5, over all seeds, every method
+    # chose the largest weight, and on a grid up to 62.5 two methods did.
     weights = (0.5, 2.5, 12.5, 62.5, 312.5)
 
     @property
     def base(self) -> dict[str, str]:
-        """What the report says of data and recipe."""
+        """Data and recipe, for the report."""
         return {
             "data": f"{COUNTS[0]} to {COUNTS[1]} real handwritten digits of {SIDES[0]} to "
             f"{SIDES[1]} pixels on canvases of {SIZE}x{SIZE}; 11 classes with the background",
@@ -265,7 +267,7 @@ class Digits:
         }
 
     def prepare(self, on_progress: Progress) -> None:
-        """Load both packages, so that a missing one is found out at once."""
+        """Load both packages, so that a missing one shows at once."""
         for done, load in enumerate((mnist, optdigits)):
             load()
             on_progress(done + 1, 2)
@@ -280,15 +282,19 @@ class Digits:
     ) -> Weights:
         """A network that learnt from labelled MNIST digits alone."""
         torch.manual_seed(seed)
-        return self._train(
-            SmallResNet(len(SPACE)),
-            seed,
-            range(self.source_steps),
-            self.source_lr,
-            self.low_weight if both_heads else 0.0,
-            updates=updates,
-            lr_multiple=lr_multiple,
+        model = SmallResNet(len(SPACE))
+        optimizer = self._prepare(model, self.source_lr, updates, lr_multiple)
+        steps = range(self.source_steps)
+        training = adaptation.train_source(
+            model,
+            optimizer,
+            self._batches(mnist(), (seed, SOURCE), steps),
+            adaptation.learning_rates(self.source_lr, steps, self.source_steps),
+            low_weight=self.low_weight if both_heads else 0.0,
         )
+        for _ in training:
+            pass
+        return model.state_dict()
 
     def target_statistics(self, source: Weights, seed: int) -> Weights:
         """The source model with BatchNorm's running statistics of unlabelled target canvases."""
@@ -311,28 +317,33 @@ class Digits:
         updates: BackboneUpdates = "once",
         lr_multiple: float = 1.0,
     ) -> Weights:
-        """The source model after learning on with a target loss ("source": without one).
+        """The source model after further training with a target loss ("source": without one).
 
         Args:
             source: weights of the source model.
-            seed: fixes the canvases; those of the source go on where the source model stopped.
+            seed: determines the canvases; those of the source continue where its training stopped.
             method: key of `adaptation.methods`.
-            weight: of the target loss.
+            weight: weight of the target loss.
             updates: how often a step updates the backbone, see `adaptation.parameter_groups`.
             lr_multiple: multiplies the backbone's learning rate; the heads keep theirs.
         """
-        loss = adaptation.methods(low_weight=self.low_weight)[method]
-        both_heads = isinstance(loss, maxsquare.MultiLevelLoss)
-        return self._train(
-            _network(source),
-            seed,
-            range(self.source_steps, self.source_steps + self.steps),
-            self.lr,
-            self.low_weight if both_heads else 0.0,
-            target=None if loss is None else (loss, weight),
-            updates=updates,
-            lr_multiple=lr_multiple,
+        model = _network(source)
+        optimizer = self._prepare(model, self.lr, updates, lr_multiple)
+        steps = range(self.steps)
+        source_steps = range(self.source_steps, self.source_steps + self.steps)
+        training = adaptation.adapt(
+            model,
+            optimizer,
+            self._batches(mnist(), (seed, SOURCE), source_steps),
+            self._batches(optdigits(), (seed, TARGET), source_steps),
+            adaptation.learning_rates(self.lr, steps, self.steps),
+            adaptation.methods(low_weight=self.low_weight)[method],
+            target_weight=weight,
+            low_weight=self.low_weight,
         )
+        for _ in training:
+            pass
+        return model.state_dict()
 
     def score(self, weights: Weights) -> tuple[float, dict[str, float | None]]:
         """Mean and IoU per class on the labelled validation canvases of the target, in percent."""
@@ -357,47 +368,24 @@ class Digits:
         _, validation = split(handwriting)
         return draw_batch(validation, self.validation_canvases, (0, VALIDATION))
 
-    def _train(
-        self,
-        model: SmallResNet,
-        seed: int,
-        steps: range,
-        lr: float,
-        low_weight: float,
-        *,
-        target: tuple[nn.Module, float] | None = None,
-        updates: BackboneUpdates = "once",
-        lr_multiple: float = 1.0,
-    ) -> Weights:
-        """Learn from the canvases of `steps`, at whose end the learning rate reaches zero."""
-        source_digits, _ = split(mnist())
-        target_digits, _ = split(optdigits())
+    def _prepare(
+        self, model: SmallResNet, lr: float, updates: BackboneUpdates, lr_multiple: float
+    ) -> adaptation.RepeatedSGD:
+        """Put the model into training mode; returns its optimiser."""
+        model.to(memory_format=torch.channels_last).train()  # faster on a CPU
         groups = adaptation.parameter_groups(model, lr, backbone_updates=updates)
         *backbone, _ = groups
         for group in backbone:
             group["lr_multiple"] *= lr_multiple
-        optimizer = adaptation.RepeatedSGD(
+        return adaptation.RepeatedSGD(
             groups, lr, momentum=self.momentum, weight_decay=self.weight_decay
         )
-        model.to(memory_format=torch.channels_last).train()  # quicker on a CPU
-        for done, step in enumerate(steps):
-            adaptation.set_learning_rate(optimizer, adaptation.poly_lr(done, len(steps), lr))
-            images, labels, _ = draw_batch(source_digits, self.batch_size, (seed, SOURCE, step))
-            if target is None:
-                adaptation.source_step(model, optimizer, images, labels, low_weight=low_weight)
-                continue
-            loss, weight = target
-            adaptation.adaptation_step(
-                model,
-                optimizer,
-                images,
-                labels,
-                draw_batch(target_digits, self.batch_size, (seed, TARGET, step)).image,
-                loss,
-                target_weight=weight,
-                low_weight=low_weight,
-            )
-        return model.state_dict()
+
+    def _batches(
+        self, handwriting: Handwriting, seed: tuple[int, int], steps: range
+    ) -> Iterator[Sample]:
+        training, _ = split(handwriting)
+        return (draw_batch(training, self.batch_size, (*seed, step)) for step in steps)
 
 
 def _network(weights: Weights) -> SmallResNet:
@@ -408,7 +396,7 @@ def _network(weights: Weights) -> SmallResNet:
 
 # Picture
 
-# Of a number in the picture, in pixels of a canvas.
+# The size of a number in the picture, in pixels of a canvas.
 NUMBER_WIDTH, NUMBER_HEIGHT = 5, 7
 
 
@@ -429,7 +417,7 @@ def sample_panel(path: Path, rows: int = 3) -> None:
             row[0].imshow(canvas.ink, cmap="gray", vmin=0, vmax=1)
             row[1].imshow(colorize(torch.from_numpy(canvas.labels), SPACE))
             for placed in canvas.placed:
-                # Colours alone would not tell ten classes apart.
+                # Colours alone do not distinguish ten classes.
                 corner = max(placed.left, NUMBER_WIDTH), max(placed.top, NUMBER_HEIGHT)
                 row[1].text(
                     *corner,

@@ -3,17 +3,17 @@
     python benchmarks/experiments/gradient_profiles.py   # the paper's Figure 1: seconds
     python benchmarks/experiments/gradient_profiles.py RUN/source-only/last.pt   # and Figure 2
 
-Figure 1 shows the Tsallis entropies S_q of one pixel and their slopes. All curves are S_q itself,
-so that they compare: S_1 is `EntropyLoss`, and S_2 is 1 + 2 `MaxSquareLoss`.
+Figure 1 shows the Tsallis entropies S_q of one pixel and their slopes. All curves show S_q itself,
+so that they are comparable: S_1 is `EntropyLoss`, and S_2 is 1 + 2 `MaxSquareLoss`.
 
-A checkpoint of train_uda.py adds what its network does on the target's validation images, in
-evaluation mode and without flips:
+With a checkpoint of train_uda.py the script also measures its network on the target's validation
+images, in evaluation mode and without flips:
 
-- which share of a loss's gradient, with respect to the full-resolution logits, the pixels of each
-  class of the ground truth receive, under three losses. Shares are taken batch by batch, as an
-  adaptation with the batch size of the checkpoint's run meets them, and averaged over the images.
-- how sure the network is of a class against that class's IoU: Figure 2. For class c that is the
-  mean of p_c over all pixels that are predicted as c, for which no label is needed.
+- the share of a loss's gradient, with respect to the full-resolution logits, that the pixels of
+  each class of the ground truth receive, under three losses. Shares are taken batch by batch, with
+  the batch size of the checkpoint's run, and averaged over the images.
+- the confidence of the network in a class against the IoU of that class: Figure 2. The confidence
+  in class c is the mean of p_c over all pixels that are predicted as c, which needs no label.
 """
 
 from __future__ import annotations
@@ -55,19 +55,18 @@ from maxsquare import (
     class_gradient_share,
     gradient_profile,
 )
-from uda import datasets, report
+from uda import report
 from uda.datasets import LabelSpace, Sample, SegmentationDataset
-from uda.deeplab import DeepLabV2
 from uda.errors import UserError
 from uda.evaluation import Scores
-from uda.loading import load_network, validation_loader
+from uda.loading import load_network, open_validation, validation_loader
 from uda.presets import Settings
 
 QUESTION = (
     "How does the gradient of a target loss depend on a pixel's confidence, and which classes "
     "receive it?"
 )
-# Shares do not depend on a loss's scale.
+# The shares do not depend on the scale of a loss.
 LOSSES: dict[str, nn.Module] = {
     "entropy": EntropyLoss(),
     "maximum squares": MaxSquareLoss(),
@@ -76,13 +75,13 @@ LOSSES: dict[str, nn.Module] = {
 KNOWN_Q = {1.0: " (entropy)", 2.0: " (maximum squares)"}
 TABLE_P = (0.6, 0.9, 0.99)
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; shapes tell the losses too.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; each loss also has a shape.
 MARKS = dict(zip(LOSSES, (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^")), strict=True))
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 BLUE = "#0072B2"
-# Where a name may stand beside its point, in points from it, and which end of it is there.
+# Offsets of a name from its point, in points, and the alignment of each.
 BESIDE = (((6, 0), "left"), ((-6, 0), "right"), ((0, 9), "center"), ((0, -9), "center"))
-# Where it may stand at the end of a line, near places first.
+# Offsets at the end of a line, near ones first.
 APART = [
     ((across if end == "left" else -across, up), end)
     for across, up in sorted(
@@ -91,9 +90,9 @@ APART = [
     )
     for end in ("left", "right")
 ]
-# From a name to the points of others, and from its line to their centres, in pixels.
+# Distances from a name to other points, and from its line to their centres, in pixels.
 NAME_DISTANCE, LINE_DISTANCE = 10, 5
-# Two points make a line whatever they are.
+# Any two points lie on a line.
 POINTS_OF_A_FIT = 3
 NO_FIT = "too few different points for a fit"
 DPI = 130
@@ -104,15 +103,17 @@ class Options:
     """Plot the gradient of the losses over confidence and, for a trained network, over classes."""
 
     checkpoint: tyro.conf.Positional[Path | None] = None
-    """A checkpoint of train_uda.py, best one that knows only the source; default: Figure 1 only."""
+    """A checkpoint of train_uda.py, preferably of a source model; default: Figure 1 only."""
     data_root: Path | None = None
     """Folder that holds the data sets; default: that of the checkpoint's run."""
+    network: str | None = None
+    """package.module:factory of a network of your own, if the checkpoint belongs to one."""
     images: int | None = None
-    """How many validation images to use, spread evenly over all of them; default: all."""
+    """Number of validation images, spread evenly over all of them; default: all."""
     q: tuple[float, ...] = (1.0, 1.5, 2.0, 2.5, 3.0)
     """Members of the Tsallis family in Figure 1."""
     classes: int = 2
-    """Classes in Figure 1; those that are not shown share the rest evenly."""
+    """Number of classes in Figure 1; the classes that are not shown share the rest evenly."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network computes; "auto" takes a GPU if there is one."""
     out: Path = cases.RESULTS
@@ -120,10 +121,10 @@ class Options:
 
 
 class Measured(NamedTuple):
-    """What a network does on the target; tensors (C,), float64.
+    """The predictions of a network on the target; tensors (C,), float64.
 
-    predicted: pixels predicted as each class. certainty: mean probability of the class on them,
-    NaN where there are none. shares: by loss, the share of the gradient that each class receives.
+    predicted: pixels predicted as each class. certainty: mean probability of the class on these
+    pixels, NaN if there are none. shares: by loss, the share of the gradient of each class.
     """
 
     scores: Scores
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: Options, given: Sequence[str], console: Console) -> None:
-    # Whatever is wrong shows before anything is computed or written.
+    # Find mistakes before anything is computed or written.
     profiles = profile(options.q, options.classes)
     if options.checkpoint is None and (options.data_root or options.images is not None):
         raise UserError("--data-root and --images belong to a checkpoint: name one.")
@@ -184,6 +185,7 @@ def run(options: Options, given: Sequence[str], console: Console) -> None:
                 network.to(device),
                 loader,
                 space,
+                align_corners=s.corners,
                 device=device,
                 on_progress=lambda count: progress.advance(task, count),
             )
@@ -236,7 +238,7 @@ def profile_rows(profiles: Mapping[float, GradientProfile]) -> list[dict[str, An
 
 
 def profile_table(qs: Iterable[float], classes: int) -> Table:
-    """How hard a pixel is pulled when it is unsure, and when it is sure."""
+    """The slopes of an uncertain and of a certain pixel."""
     title = f"Slopes of S_q with respect to p and to the logit z, {classes} classes"
     table = Table("q", title=title, title_justify="left")
     for variable in "pz":
@@ -257,7 +259,7 @@ def plot_profiles(profiles: Mapping[float, GradientProfile], classes: int) -> Fi
         "slope_p": r"slope with respect to $p$, $\partial S_q/\partial p$",
         "slope_logit": r"slope with respect to the logit, $\partial S_q/\partial z$",
     }
-    # From dark to light, so that the order of q survives in grey.
+    # From dark to light, so that the order of q shows in greyscale.
     shades = torch.linspace(0, 0.85, len(profiles)).tolist()
     for axes, (field, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         axes.axhline(0, color="0.8", linewidth=0.8)
@@ -289,21 +291,19 @@ def plot_profiles(profiles: Mapping[float, GradientProfile], classes: int) -> Fi
 
 def open_checkpoint(
     path: Path, options: Options
-) -> tuple[DeepLabV2, Subset[Sample], LabelSpace, Settings]:
-    """The network, the validation images that it sees, their classes, and its run's settings."""
+) -> tuple[nn.Module, Subset[Sample], LabelSpace, Settings]:
+    """The network, its validation images, their classes, and the settings of its run."""
     if options.images is not None and options.images < 1:
         raise UserError(f"--images must be at least 1, not {options.images}.")
-    network, s = load_network(path, data_root=options.data_root)
+    network, s = load_network(path, data_root=options.data_root, network=options.network)
     if s.data_root is None:
         raise UserError("The checkpoint does not say where its data are: give --data-root.")
-    validation = datasets.open_dataset(
-        s.target, s.data_root / s.target_folder, "val", classes=s.classes, size=s.target_size
-    )
+    validation = open_validation(s)
     return network, spread(validation, options.images), validation.space, s
 
 
 def spread(dataset: SegmentationDataset, images: int | None) -> Subset[Sample]:
-    """That many images, evenly spaced, because neighbours show the same city; None: all."""
+    """So many images, evenly spaced because neighbours show the same city; None: all."""
     count = len(dataset) if images is None else min(images, len(dataset))
     return Subset(dataset, [i * len(dataset) // count for i in range(count)])
 
@@ -314,6 +314,7 @@ def measure(
     loader: Iterable[Sample],
     space: LabelSpace,
     *,
+    align_corners: bool = True,
     device: str = "cpu",
     on_progress: Callable[[int], object] = lambda images: None,
 ) -> Measured:
@@ -325,7 +326,7 @@ def measure(
     shares = {name: torch.zeros_like(predicted) for name in LOSSES}
     network.eval()
     for images, labels, _ in loader:
-        how = {"size": tuple(labels.shape[-2:]), "align_corners": True}
+        how = {"size": tuple(labels.shape[-2:]), "align_corners": align_corners}
         logits, _ = network(images.to(device))
         full = F.interpolate(logits, mode="bilinear", **how)
         largest, prediction = (x.cpu() for x in full.softmax(dim=1).max(dim=1))
@@ -335,7 +336,7 @@ def measure(
         probability += prediction.bincount(largest, minlength=classes)
         for name, loss in LOSSES.items():
             share = class_gradient_share(loss, logits, labels.to(device), **how)
-            # The last batch may be smaller: every image counts the same.
+            # The last batch may be smaller, but every image has the same weight.
             shares[name] += len(images) * share.cpu()
         on_progress(len(images))
     if not matrix.confmat.any():
@@ -381,7 +382,7 @@ def share_table(measured: Measured) -> Table:
 
 
 def plot_shares(measured: Measured) -> Figure:
-    """Dots for the shares on a log scale beside the pixels' share, and bars of IoU."""
+    """Dots for the shares on a log scale beside the share of pixels, and bars of IoU."""
     rows = [row for row in share_rows(measured) if row["pixels_percent"] > 0]
     rows.sort(key=lambda row: row["iou_percent"])
     pixels, ious = ([row[name] for row in rows] for name in ("pixels_percent", "iou_percent"))
@@ -421,7 +422,7 @@ def plot_shares(measured: Measured) -> Figure:
 
 
 def pointed(measured: Measured) -> list[int]:
-    """The classes that have a point in Figure 2: ever predicted, and in the ground truth."""
+    """The classes with a point in Figure 2: predicted at least once, and in the ground truth."""
     return torch.nonzero((measured.predicted > 0) & (labelled(measured) > 0)).flatten().tolist()
 
 
@@ -433,7 +434,7 @@ def points(measured: Measured) -> tuple[list[float], list[float]]:
 
 
 def fit_line(measured: Measured) -> Fit | None:
-    """None where the points leave the line or its correlation open."""
+    """The line through the points; None where they do not determine it or its correlation."""
     x, y = points(measured)
     if len(x) < POINTS_OF_A_FIT or min(x) == max(x) or min(y) == max(y):
         return None
@@ -470,9 +471,9 @@ def plot_certainty(measured: Measured, fit: Fit | None) -> Figure:
     if fit:
         ends = [min(x), max(x)]
         axes.plot(ends, [fit.intercept + fit.slope * end for end in ends], color="0.7", zorder=1)
-        # Room for names below the lowest point, but not for all of a line that goes below 0.
+        # Leave room for names below the lowest point, but not for a line that goes far below 0.
         axes.set_ylim(min(y) - 0.1 * max(y), 1.1 * max(y))
-    # Edges tell points apart that lie over each other.
+    # White edges separate overlapping points.
     axes.scatter(x, y, color=BLUE, s=30, zorder=2, edgecolors="white", linewidths=0.6)
     axes.set(
         xlabel="mean probability of the class on the pixels predicted as it (%)", ylabel="IoU (%)"
@@ -496,8 +497,8 @@ def plot_certainty(measured: Measured, fit: Fit | None) -> Figure:
 
 
 def name_points(axes: Axes, x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> None:
-    """Write each name beside its point or, in a crowd, further away with a line to its point."""
-    axes.figure.draw_without_rendering()  # the layout must stand before texts are measured
+    """Write each name beside its point or, where that is occupied, farther away with a line."""
+    axes.figure.draw_without_rendering()  # texts can be measured only after the layout
     centers = [(*axes.transData.transform(point),) for point in zip(x, y, strict=True)]
     written: list[Bbox] = []
     lines: list[Line] = []
@@ -543,7 +544,7 @@ def name_points(axes: Axes, x: Sequence[float], y: Sequence[float], names: Seque
 def save(
     stem: Path, figure: Figure, rows: Sequence[Mapping[str, Any]], record: dict[str, Any]
 ) -> None:
-    """Write a figure, its numbers and their record; figure and numbers hold no date or chance."""
+    """Write a figure, its numbers and their record; figure and numbers are reproducible."""
     with matplotlib.rc_context({"svg.hashsalt": stem.name}):
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
     figure.savefig(stem.with_suffix(".png"), dpi=DPI)

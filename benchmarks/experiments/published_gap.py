@@ -1,12 +1,12 @@
-"""What a re-implementation changes that knows the paper but not what the published code does.
+"""How a re-implementation from the paper alone differs from the published code, and by how much.
 
     python benchmarks/experiments/published_gap.py  # half an hour on a quiet core
     python benchmarks/experiments/published_gap.py --seeds 0  # the optimiser alone: a minute
 
-The arithmetic of the optimiser is that of the full-size runs. The scores are of a small network on
-handwritten digits (the ablation's task): they say which way a difference goes there, not how many
-points it is worth on Cityscapes. One thing at a time is changed from the published procedure, in
-the source stage and in the adaptation; the target weight is the one that the ablation chose.
+The arithmetic of the optimiser is that of the full-size runs. The scores come from a small network
+on handwritten digits (the ablation's task): they show the direction of a difference there, not how
+many points it is worth on Cityscapes. Each row changes one part of the published procedure, in the
+source stage and in the adaptation; the ablation chose the target weight.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from uda.adaptation import (
 from uda.errors import UserError
 from uda.presets import PRESETS
 
-QUESTION = "What does a re-implementation change that does not know what the published code does?"
+QUESTION = "How does a re-implementation from the paper alone differ from the published code?"
 METHOD = "maxsquare-iw"
 TARGET_WEIGHT = 12.5
 RESULT = "published-gap.md"
@@ -56,7 +56,7 @@ class Row(NamedTuple):
 
 PUBLISHED, *CHANGED = (
     Row("as published"),
-    Row("optimiser of today's torch, same list", updates="published"),
+    Row("optimiser of today's torch, same list", updates="duplicated"),
     Row("every tensor updated once", updates="once"),
     Row("once, with three times the backbone's rate", updates="once", lr_multiple=3.0),
     Row("source model trained with both heads", both_heads=True),
@@ -68,7 +68,7 @@ class Options:
     """Measure what the undocumented parts of the published procedure change."""
 
     seeds: int = 5
-    """Seeds 0, 1, ... of the runs on digits; 0: none of them."""
+    """Number of seeds of the runs on digits; 0: no runs."""
     source_steps: int = Digits.source_steps
     """Optimiser steps of a source model of digits."""
     steps: int = Digits.steps
@@ -144,7 +144,7 @@ def train(
     lr: float = 1.0,
     weight_decay: float = 0.0,
 ) -> list[float]:
-    """What becomes of a weight of a stage and of one of a shortcut under a constant gradient."""
+    """A weight of a stage and a weight of a shortcut after steps under a constant gradient."""
     layers = {name: nn.Linear(1, 1, bias=False) for name in ("conv1", "downsample")}
     model = nn.ModuleDict({"layer1": nn.ModuleDict(layers)}).double()
     groups = parameter_groups(model, lr, backbone_updates=updates)

@@ -1,8 +1,8 @@
 """The street scenes that this project draws, as a task for the ablation.
 
-Source and target are those of the demo (examples/train_uda.py): the same kinds of things, drawn in
-two styles. So are network, optimiser and learning rate; the adaptation is shorter, and computed in
-bfloat16, which takes a third less time.
+Source, target, network, optimiser and learning rate are those of the demo (examples/train_uda.py):
+streets with the same kinds of objects in two styles. The adaptation is shorter and uses bfloat16,
+which takes a third less time.
 """
 
 from __future__ import annotations
@@ -13,41 +13,40 @@ from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from maxsquare import MultiLevelLoss
 from uda import adaptation, deeplab, loading
 from uda.datasets import Progress
 from uda.evaluation import evaluate, predict
-from uda.presets import PRESETS, SHIPPED, Settings
+from uda.presets import DEMO_CHECKPOINT, PRESETS, Settings
 
 SETTINGS = replace(PRESETS["demo"].settings, steps=150, device="cpu", workers=0)
 
-# Streams of random numbers for the order of images, as in train_uda.py.
+# Random streams for the order of images, as in train_uda.py.
 SOURCE_STREAM, TARGET_STREAM, STATISTICS_STREAM = range(3)
 STATISTICS_BATCHES = 30
-EXPLAINED = 4  # every fourth validation image is looked at closely
+EXPLAINED = 4  # `explain` uses every fourth validation image
 
 
 class StreetScenes:
     """Rendered scenes in two styles and the demo's small DeepLabv2.
 
     Args:
-        data_root: folder of the scenes; what is missing there is drawn.
-        sources: files of source models, which the seeds take in turn.
+        data_root: folder of the scenes; missing ones are rendered.
+        sources: files of source models; seed i uses number i, round and round.
         settings: sizes, steps and learning rates.
     """
 
     name = "scenes"
     score_name = "target mIoU (%)"
-    # Published is 0.1 for 29,750 steps; so few need a stronger pull.
+    # The published 0.1 is for 29,750 steps; fewer steps need a larger weight.
     weights = (0.5, 2.0, 8.0, 32.0, 128.0)
 
     def __init__(
         self,
         data_root: Path,
-        sources: Sequence[Path] = (SHIPPED,),
+        sources: Sequence[Path] = (DEMO_CHECKPOINT,),
         settings: Settings = SETTINGS,
     ) -> None:
         self.sources = sources
@@ -109,44 +108,38 @@ class StreetScenes:
             dict(zip(validation.space.names, share, strict=True)),
         )
 
-    def _network(self, weights: dict[str, Tensor]) -> deeplab.DeepLabV2:
+    def _network(self, weights: dict[str, Tensor]) -> nn.Module:
         network = loading.build_network(self.settings)
         network.load_state_dict(weights)
         return network
 
 
-def _adapt(network: deeplab.DeepLabV2, s: Settings) -> dict[str, Tensor]:
-    """The adaptation as in train_uda.py; the learning rate reaches zero at its end."""
+def _adapt(network: nn.Module, s: Settings) -> dict[str, Tensor]:
+    """The adaptation of train_uda.py in bfloat16, without checkpoints or evaluations."""
     losses = adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight)
-    target_loss = losses[s.method]
-    groups = adaptation.parameter_groups(network, s.lr, backbone_updates=s.backbone_updates)
-    optimizer = adaptation.RepeatedSGD(
-        groups, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
-    )
     source, target, _ = loading.open_data(s)
-    source_batches = loading.batches(source, s, 0, s.steps, stream=SOURCE_STREAM)
-    target_batches = loading.batches(target, s, 0, s.steps, stream=TARGET_STREAM)
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    both_heads = isinstance(target_loss, MultiLevelLoss)
-    options = {"low_weight": s.low_weight if both_heads else 0.0, "backward": fabric.backward}
-
-    network.to(memory_format=torch.channels_last)  # quicker on a CPU
-    model, stepper = fabric.setup(network, optimizer)
+    network.to(memory_format=torch.channels_last)  # faster on a CPU
+    model, fabric_optimizer = fabric.setup(
+        network,
+        adaptation.RepeatedSGD(
+            adaptation.parameter_groups(network, s.lr, backbone_updates=s.backbone_updates),
+            momentum=s.momentum,
+            weight_decay=s.weight_decay,
+        ),
+    )
     model.train()
-    for step, (images, labels, _) in enumerate(source_batches):
-        adaptation.set_learning_rate(optimizer, adaptation.poly_lr(step, s.steps, s.lr))
-        if target_loss is None:
-            adaptation.source_step(model, stepper, images, labels, **options)
-        else:
-            target_images = next(target_batches).image
-            adaptation.adaptation_step(
-                model,
-                stepper,
-                images,
-                labels,
-                target_images,
-                target_loss,
-                target_weight=s.target_weight,
-                **options,
-            )
+    training = adaptation.adapt(
+        model,
+        fabric_optimizer,
+        loading.batches(source, s, 0, s.steps, stream=SOURCE_STREAM),
+        loading.batches(target, s, 0, s.steps, stream=TARGET_STREAM),
+        adaptation.learning_rates(s.lr, range(s.steps), s.steps),
+        losses[s.method],
+        target_weight=s.target_weight,
+        low_weight=s.low_weight,
+        backward=fabric.backward,
+    )
+    for _ in training:
+        pass
     return network.state_dict()

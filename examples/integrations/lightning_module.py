@@ -1,7 +1,7 @@
-"""A LightningModule in mixed precision: of bfloat16 logits the losses are computed in float32.
+"""A LightningModule in mixed precision: the losses take bfloat16 logits and compute in float32.
 
-Low-resolution logits: as the network has them; torchvision's LRASPP, before its own upsampling.
-align_corners: the network's own; False for all of torchvision's.
+Low-resolution logits: those of torchvision's LRASPP before its own upsampling.
+align_corners: as the network needs it; False for all networks of torchvision.
 """
 
 import lightning

@@ -1,7 +1,7 @@
 """Test-time adaptation of a classifier of timm, in the manner of TENT (Wang et al., ICLR 2021).
 
-The network predicts every batch as it comes, then takes one step on its own prediction: of TENT's
-entropy, or of maximum squares. Only scale and shift of the normalisation layers learn.
+The network predicts every batch when it arrives, then takes one step on its own prediction, with
+TENT's entropy or with maximum squares. Only scale and shift of the normalisation layers learn.
 Low-resolution logits and align_corners: a classifier's logits are (N, C); nothing is upsampled.
 """
 
@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from maxsquare import EntropyLoss, MaxSquareLoss
+from maxsquare import EntropyLoss, InformationMaximizationLoss, MaxSquareLoss
 
 
 def prepare(network):
@@ -23,7 +23,7 @@ def prepare(network):
 
 
 def main():
-    for target_loss in (EntropyLoss(), MaxSquareLoss()):
+    for target_loss in (EntropyLoss(), InformationMaximizationLoss(MaxSquareLoss())):
         torch.manual_seed(0)
         network = timm.create_model("resnet10t", num_classes=10)  # pretrained=True: a trained one
         optimizer = torch.optim.SGD(prepare(network), lr=1e-3, momentum=0.9)

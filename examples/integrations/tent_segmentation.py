@@ -1,15 +1,15 @@
 """Test-time adaptation of a segmentation network in the manner of TENT; here torchvision's LRASPP.
 
-One image is a batch; not for DeepLabv3, which pools each image to one pixel before a BatchNorm.
+One image is a batch, except for DeepLabv3, which pools an image to one pixel before a BatchNorm.
 Low-resolution logits: call backbone and classifier; the network's own forward upsamples.
-align_corners: False, as in that forward. (examples/adapt_online.py measures TENT.)
+align_corners: False, as in that forward. (Plain losses collapse on long streams.)
 """
 
 import torch
 from torch import nn
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
-from maxsquare import EntropyLoss, MaxSquareLoss
+from maxsquare import EntropyLoss, InformationMaximizationLoss, MaxSquareLoss
 
 
 def prepare(network):
@@ -23,7 +23,7 @@ def prepare(network):
 
 
 def main():
-    for target_loss in (EntropyLoss(), MaxSquareLoss()):
+    for target_loss in (EntropyLoss(), InformationMaximizationLoss(MaxSquareLoss())):
         torch.manual_seed(0)
         network = lraspp_mobilenet_v3_large(num_classes=19, weights_backbone=None)
         optimizer = torch.optim.SGD(prepare(network), lr=1e-3, momentum=0.9)

@@ -2,7 +2,7 @@
 
 A checkpoint is one dictionary of tensors, numbers, strings and containers of these. It is read
 without running code from the file (``weights_only``), so a file from anywhere is safe to open.
-Weights to be handed on are a safetensors file in half precision (`export`).
+Weights for others are exported as a safetensors file in half precision (`export`).
 """
 
 from __future__ import annotations
@@ -10,42 +10,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickletools
+import pickle
 import random
-import stat
-import struct
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
-from uda.errors import UserError, shown
-from uda.files import parse_json
+from uda.errors import UserError
 
-# What a file is called while it is being written.
+# The ending of a file's name while it is being written.
 PARTIAL = ".partial"
-# All that a file of weights names: it is what tensors, numbers and strings are rebuilt with.
-_NAMES = frozenset(
-    """
-    collections.OrderedDict _codecs.encode torch.Size torch.device
-    torch._utils._rebuild_tensor torch._utils._rebuild_tensor_v2 torch._utils._rebuild_parameter
-    torch.DoubleStorage torch.FloatStorage torch.HalfStorage torch.BFloat16Storage
-    torch.LongStorage torch.IntStorage torch.ShortStorage torch.CharStorage torch.ByteStorage
-    torch.BoolStorage
-    numpy.dtype numpy.core.multiarray.scalar numpy._core.multiarray.scalar
-    """.split()
-)
-# Of names and shapes, which are a few hundred kilobytes; the numbers lie apart from them.
-_LARGEST_PICKLE = 2**24
-# A file from before torch 1.6 is five pickles, then the numbers.
-_LEGACY_PICKLES = 5
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -68,56 +50,182 @@ def write(path: Path, content: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        # Whatever is raised while torch's archive writer writes, it raises a RuntimeError instead.
+        # torch's archive writer turns every exception while it writes into a RuntimeError.
         reason = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(reason, KeyboardInterrupt):
             raise reason from None
         with contextlib.suppress(OSError):  # a read-only file system refuses this, too
             partial.unlink()
         raise UserError(
-            f"{path} could not be written ({_reason(reason or error)}); free some space or choose "
-            "another --out (what was there before is kept)"
+            f"{path} could not be written ({_reason(reason or error)}): free some space or choose "
+            "another --out (the old file is kept)."
         ) from error
 
 
 def load(
-    path: Path, *, expect: Mapping[str, Any] | None = None, needs: Mapping[str, Any] | None = None
+    path: Path, *, expect: Mapping[str, Any] | None = None, needs: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Read a checkpoint that `save` wrote.
 
     Args:
         path: the file.
-        expect: entries that must be in the checkpoint with just these values, such as
-            ``{"architecture": "small", "classes": 19}``.
-        needs: entries that must be there with any value of a type, such as ``{"step": int}``.
+        expect: entries that must be in the checkpoint with exactly these values, such as
+            ``{"network": "small", "classes": 19}``.
+        needs: entries that must be there with any value.
 
     Raises:
         UserError: the file is missing, half-written, or of another kind, or differs from `expect`.
     """
     state, expect = read(path), expect or {}
-    needs = {name: type(wanted) for name, wanted in expect.items()} | dict(needs or {})
-    for name, kind in needs.items():
+    for name in (*expect, *needs):
         if name not in state:
-            raise UserError(f"{path} is no checkpoint of this script: it has no entry {name!r}")
-        if not isinstance(state[name], kind):
             raise UserError(
-                f"{path} is no checkpoint of this script: its entry {name!r} is of type "
-                f"{type(state[name]).__name__}"
+                f"{path} is no checkpoint of this version of the script: it has no entry {name!r}."
             )
     for name, wanted in expect.items():
         if state[name] != wanted:
             raise UserError(
-                f"{path} was written with {name} = {shown(state[name])}, but this run has {name} = "
-                f"{wanted}; give the matching option or another checkpoint"
+                f"{path} was written with {name} = {state[name]}, but this run has {name} = "
+                f"{wanted}: give the matching option or another checkpoint."
             )
     return state
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The dictionary in any file that ``torch.save`` wrote, on the CPU; UserError if none is.
+
+    A safetensors file gives its weights as "model", and "settings" if it holds any.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch.load does not compare the checksums.
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} in it is damaged")
+        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged byte can make the unpickler raise anything
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({_reason(error)}): give a complete file "
+            "written by torch.save or safetensors."
+        ) from error
+    if not isinstance(state, dict):
+        raise UserError(
+            f"{path} holds a {type(state).__name__}, not a dictionary of weights: "
+            "give a checkpoint or a state dict."
+        )
+    return state
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a file, either by themselves or under "model" or "state_dict"."""
+    content = read(path)
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    weights = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    if len(weights) < len(content) or not weights:
+        raise UserError(
+            f'{path} holds no weights, neither by themselves nor under "model" or "state_dict".'
+        )
+    return weights
+
+
+def strip_prefix(weights: Mapping[str, Tensor], first: str) -> dict[str, Tensor]:
+    """Remove from all names what precedes the network's `first` name, such as "module."."""
+    # Deeper modules may use the name again, behind a longer prefix.
+    found = min((key for key in weights if key.endswith(first)), key=len, default=first)
+    prefix = found.removesuffix(first)
+    return {key.removeprefix(prefix): value for key, value in weights.items()}
+
+
+def load_weights(
+    network: nn.Module, weights: Mapping[str, Tensor], path: Path, *, optional: tuple[str, ...] = ()
+) -> None:
+    """Give a network the weights of a file, which must fit.
+
+    Args:
+        network: receives the weights.
+        weights: the weights by the names of the network.
+        path: the file that they come from.
+        optional: beginnings of names that the file may lack.
+
+    Raises:
+        UserError: names the first weights that are missing, unknown, or of another shape or type.
+    """
+    own = network.state_dict()
+    # Files from before torch 0.4.1 do not count batches, and no code here needs that number.
+    missing = [
+        key
+        for key in own
+        if key not in weights and not key.startswith(optional)
+        if not key.endswith("num_batches_tracked")
+    ]
+    unknown = [key for key in weights if key not in own]
+    shared = [(key, weights[key], wanted) for key, wanted in own.items() if key in weights]
+    misshapen = [
+        f"{key} {tuple(weight.shape)} where this network has {tuple(wanted.shape)}"
+        for key, weight, wanted in shared
+        if weight.shape != wanted.shape
+    ]
+    # The integers of a quantised model mean nothing without their scale.
+    mistyped = [
+        f"{key} in {weight.dtype}"
+        for key, weight, wanted in shared
+        if weight.is_floating_point() != wanted.is_floating_point()
+    ]
+    problems = {"lacks": missing, "has unknown": unknown, "has": misshapen or mistyped}
+    for problem, keys in problems.items():
+        if keys:
+            listed = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise UserError(
+                f"{path} does not fit this network: it {problem} {listed}; "
+                "give weights of the same architecture and number of classes."
+            )
+    network.load_state_dict(weights, strict=False)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        state: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}
+        settings = (file.metadata() or {}).get("settings")
+    return state if settings is None else state | {"settings": json.loads(settings)}
+
+
+class _NumpyType:
+    """Stands in for numpy.dtype, which trusts the memory layout that a pickle describes."""
+
+    def __init__(self, name: str, *_: object) -> None:
+        self.name = name
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _numpy_number(kind: _NumpyType, content: bytes) -> int | float:
+    (number,) = np.frombuffer(content, kind.name).tolist()
+    return number
+
+
+# The best score in checkpoints of the published code is a NumPy number.
+_NUMPY_NUMBERS = [
+    (_NumpyType, "numpy.dtype"),
+    (_numpy_number, "numpy.core.multiarray.scalar"),
+    (_numpy_number, "numpy._core.multiarray.scalar"),
+]
 
 
 def export(path: Path, weights: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
     """Write the weights of a network as safetensors in half precision, with their settings.
 
-    Vectors keep their precision: there are few, and BatchNorm's variances of images on the scale
-    0..255 can exceed what half precision holds.
+    Vectors keep their precision: they are small, and BatchNorm's variances of images on the scale
+    0..255 can exceed the range of half precision.
     """
     tensors = {
         name: (weight.half() if weight.ndim > 1 else weight).contiguous()
@@ -127,119 +235,24 @@ def export(path: Path, weights: Mapping[str, torch.Tensor], settings: Mapping[st
     write(path, lambda file: file.write(content))
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    with safetensors.safe_open(path, framework="pt") as file:
-        state: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}
-        settings = (file.metadata() or {}).get("settings")
-    return state if settings is None else state | {"settings": parse_json(settings)}
-
-
-class _NumpyType:
-    """Stands in for numpy.dtype, whose own way to read a pickle trusts what the pickle says."""
-
-    def __init__(self, name: str, *_: object) -> None:
-        self.code = {"f8": "d", "f4": "f", "i8": "q"}[name]
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = {"<": "<", ">": ">"}[state[1]]
-
-
-def _numpy_number(kind: _NumpyType, content: bytes) -> float:
-    return struct.unpack(kind.order + kind.code, content)[0]
-
-
-# Checkpoints of the published code hold their best score as a NumPy number.
-_STAND_INS = [
-    (_NumpyType, "numpy.dtype"),
-    (_numpy_number, "numpy.core.multiarray.scalar"),
-    (_numpy_number, "numpy._core.multiarray.scalar"),
-]
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The dictionary in any file that ``torch.save`` wrote, on the CPU; UserError if none is.
-
-    Of a safetensors file: its weights as "model", and "settings" if it holds any.
-
-    Whatever the file says, no code out of it runs, and what it unpacks to is no larger than the
-    file itself.
-    """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError("it is no file")
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        _inspect(path)
-        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
-            # What torch finds odd about a file is no use beside the one sentence of the refusal.
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged byte can make the unpickler run into anything, an IndexError or a KeyError as well.
-    except Exception as error:
-        raise UserError(
-            f"{path} cannot be read as a checkpoint ({_reason(error)}); give a complete file "
-            "written by torch.save or safetensors"
-        ) from error
-    if not isinstance(state, dict):
-        raise UserError(
-            f"{path} holds a {type(state).__name__}, not a dictionary of weights; "
-            "give a checkpoint or a state dict"
-        )
-    return state
-
-
-def _inspect(path: Path) -> None:
-    """Refuse a damaged file, and what is harmless to open but not to the machine.
-
-    torch.load would inflate kilobytes to gigabytes, make a bytearray of any length that a pickle
-    asks for, and count its elements for hours. It does not notice a flipped bit among the weights.
-    """
-    with path.open("rb") as file:
-        is_archive = file.read(4) == b"PK\x03\x04"
-        file.seek(0)
-        if not is_archive:
-            for _ in range(_LEGACY_PICKLES):
-                _refuse_other_names(file)
-            return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError("it unpacks to more than its own size")
-        if damaged := archive.testzip():
-            raise ValueError(f"{damaged} in it is damaged")
-        for entry in entries:
-            if entry.filename.lower().endswith(".pkl"):
-                with archive.open(entry) as file:
-                    _refuse_other_names(file)
-
-
-def _refuse_other_names(file: IO[bytes]) -> None:
-    """Read over one pickle, without doing what it says."""
-    start = file.tell()
-    for operation, argument, position in pickletools.genops(file):
-        if position is not None and position - start > _LARGEST_PICKLE:
-            raise ValueError(f"a pickle in it has more than {_LARGEST_PICKLE:,} bytes")
-        # Others that name something, such as STACK_GLOBAL, torch.load refuses.
-        if operation.name == "GLOBAL" and argument.replace(" ", ".") not in _NAMES:
-            raise ValueError(f"it calls for {argument.replace(' ', '.')}, which no weights need")
-
-
 def _reason(error: BaseException) -> str:
-    """The first line of an error: what a user needs of it in one sentence."""
+    """The cause of an error in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, pickle.UnpicklingError):  # torch explains it in a page
+        return "it is damaged, or holds more than tensors, numbers and strings"
     return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 @contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Whatever does not fit in a checkpoint, while its content is put to use, names its file."""
+    """Turn what goes wrong while the content of a checkpoint is restored into a UserError."""
     try:
         yield
     except Exception as error:
         raise UserError(
-            f"{path} does not hold the state of such a run ({_reason(error)}); give its other "
-            "options again, or another checkpoint"
+            f"{path} does not hold the state of such a run ({_reason(error)}): give its other "
+            "options again, or another checkpoint."
         ) from error
 
 
@@ -255,7 +268,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` returned; generators of absent CUDA devices are left out."""
+    """Restore a `random_state`, without the generators of CUDA devices that are absent."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -1,7 +1,7 @@
 """Street-scene data sets in their published folder layouts, read into training samples.
 
-Every data set ends as the same thing: pairs of an image file and a label file, a table from the
-ids in the label files to the classes of a label space, and a few joint transforms.
+Every data set becomes the same three things: pairs of an image file and a label file, a table from
+the ids in the label files to the classes of a label space, and a few joint transforms.
 
 Layouts (`kind`, then what lies under `root`):
 
@@ -17,16 +17,16 @@ Layouts (`kind`, then what lies under `root`):
 A list file restricts a split to the names in it, one a line: list/{split}.txt (gta5, synthia),
 List/{train,test}.txt (cross-city), or city_list/{split}.txt beside the Cityscapes folder.
 
-Images are PNG or JPEG files, turned upright as their EXIF data say, without their transparency.
-Labels are PNG files that hold ids as grey values, as palette indices, or in the red channel of
-16-bit colours. Linked files and folders are read like others, hidden ones are not.
+Images are PNG or JPEG files. They are turned upright as their EXIF data say, and transparency is
+dropped. Labels are PNG files that hold ids as grey values, as palette indices, or in the red
+channel of 16-bit colours. Linked files and folders are read like others, hidden ones are not.
 """
 
 from __future__ import annotations
 
 import colorsys
+import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +44,6 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as transforms
 
 from uda.errors import UserError
-from uda.files import LARGEST_JSON, LARGEST_LIST, parse_json, read_text
 
 Kind = Literal["gta5", "synthia", "cityscapes", "cross-city", "folder"]
 Augmentation = Literal["flip", "published"]
@@ -56,16 +55,9 @@ PUBLISHED_MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 IMAGENET_MEAN_RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD_RGB = (0.229, 0.224, 0.225)
 
-# The value of "not counted" in the 8-bit label images between file and sample (there: -1).
+# "Not counted" in the 8-bit label images between file and sample; a sample has -1.
 _IGNORED = 255
-# The class numbers that this leaves.
-MOST_CLASSES = 255
-_LONGEST_NAME = 100  # characters
-# A file of kilobytes can claim any size. From here on Pillow warns, and refuses twice as many.
-MOST_PIXELS = 89_478_485
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-# JPEG's limit. Millions of short rows cost many times what as many pixels do otherwise.
-_LONGEST_SIDE = 2**16 - 1
+MOST_CLASSES = 255  # the other values of 8 bits
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 
 
@@ -148,34 +140,26 @@ class Sample(NamedTuple):
     name: str
 
 
+@dataclass(eq=False)
 class SegmentationDataset(Dataset[Sample]):
     """Image and label files as samples; `open_dataset` makes one from a folder.
 
-    The augmentation of a sample depends on (seed, epoch, index) alone, so that a resumed run,
-    in any number of worker processes, sees the data of an uninterrupted one.
+    The augmentation of a sample depends only on (seed, epoch, index), so that a resumed run sees
+    the same data as an uninterrupted one, in any number of worker processes.
     """
 
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        space: LabelSpace,
-        ids: Mapping[int, int],
-        *,
-        size: tuple[int, int] | None,
-        augment: Augmentation | None,
-        seed: int,
-        full_labels: bool,
-        normalize: Normalization,
-    ) -> None:
-        self.pairs = list(pairs)
-        self.space = space
-        self.size = size
-        self.seed = seed
-        self.full_labels = full_labels
-        self.normalize = normalize
-        self._ids = ids
-        self._transform = _augmentation(augment) if augment else None
-        # In shared memory, so that workers which outlive an epoch see the next one.
+    pairs: list[Pair]
+    space: LabelSpace
+    ids: Mapping[int, int]
+    size: tuple[int, int] | None = None
+    augment: Augmentation | None = None
+    seed: int = 0
+    full_labels: bool = False
+    normalize: Normalization = "published"
+
+    def __post_init__(self) -> None:
+        self._transform = _augmentation(self.augment) if self.augment else None
+        # In shared memory, so that workers that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -221,7 +205,7 @@ class SegmentationDataset(Dataset[Sample]):
         """The label file at its own size as uint8 classes of the space, 255 = not counted."""
         table = np.full(257, -1, dtype=np.int16)
         classes = {train_id: c for c, train_id in enumerate(self.space.train_ids)}
-        for file_id, train_id in self._ids.items():
+        for file_id, train_id in self.ids.items():
             table[file_id] = classes.get(train_id, _IGNORED)
         file_ids = np.minimum(_read_ids(path).astype(np.uint16), 256)
         found = table[file_ids]
@@ -249,7 +233,7 @@ def open_dataset(
     normalize: Normalization = "published",
     allow_missing: bool = False,
 ) -> SegmentationDataset:
-    """List a data set's files and say how they become samples.
+    """List the files of a data set, which become samples when they are indexed.
 
     Args:
         kind: layout of the files, see this module's text.
@@ -261,7 +245,7 @@ def open_dataset(
         size: (height, width) of image and labels; None keeps the image's own size.
         augment: None; "flip" mirrors half of the samples; "published" also blurs half of them,
             with a Gaussian of radius 0 to 1 pixel.
-        labels: False never opens a label file and calls every pixel -1.
+        labels: False never opens a label file and gives every pixel -1.
         seed: of the augmentations.
         full_labels: keep the labels at the size of their file, for evaluation at full resolution.
         normalize: "published" is BGR minus the published mean; "imagenet" is RGB as torchvision's
@@ -430,20 +414,22 @@ def _folder_space(root: Path, classes: int, labels: bool) -> tuple[LabelSpace, M
             )
         return LABEL_SPACES[classes], {}
     try:
-        content = parse_json(read_text(path, LARGEST_JSON))
-        entries = {int(file_id): name for file_id, name in content.items()}
-    except (ValueError, AttributeError) as error:
+        # As pairs: a dictionary would keep the last of two names for one id without a word.
+        pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=list)
+        entries = [(int(file_id), name) for file_id, name in pairs]
+    except (ValueError, TypeError) as error:
         raise UserError(
             f"{path} is not a JSON object from label id to class name or null ({error}): repair it."
         ) from error
-    if len(entries) < len(content):
+    ids = dict(entries)
+    if len(ids) < len(entries):
         raise UserError(f"{path} has two entries for one label id: remove one of them.")
-    if not all(0 <= i < 256 and _names_class(name) for i, name in entries.items()):
+    if not all(0 <= i < 256 and (name is None or _is_name(name)) for i, name in entries):
         raise UserError(
-            f"{path} must map ids from 0 to 255 to class names (up to {_LONGEST_NAME} printable "
-            "characters) or null: repair the other entries."
+            f"{path} must map ids from 0 to 255 to class names (printable characters) or null: "
+            "repair the other entries."
         )
-    names = tuple(dict.fromkeys(name for name in entries.values() if name is not None))
+    names = tuple(dict.fromkeys(name for name in ids.values() if name is not None))
     if len(names) > MOST_CLASSES:
         raise UserError(f"{path} names {len(names)} classes, more than {MOST_CLASSES}: join some.")
     if len(names) != classes:
@@ -452,14 +438,12 @@ def _folder_space(root: Path, classes: int, labels: bool) -> tuple[LabelSpace, M
         )
     known = {row[0]: row[2] for row in CITYSCAPES_CLASSES}
     colors = tuple(known.get(name, _color(c, len(names))) for c, name in enumerate(names))
-    ids = {i: -1 if name is None else names.index(name) for i, name in entries.items()}
-    return LabelSpace(names, colors, (*range(len(names)),)), ids
+    classes_of = {i: -1 if name is None else names.index(name) for i, name in ids.items()}
+    return LabelSpace(names, colors, (*range(len(names)),)), classes_of
 
 
-def _names_class(name: object) -> bool:
-    if isinstance(name, str):
-        return 0 < len(name) <= _LONGEST_NAME and name.isprintable()
-    return name is None
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and name != "" and name.isprintable()
 
 
 def _color(c: int, classes: int) -> tuple[int, int, int]:
@@ -470,11 +454,9 @@ def _color(c: int, classes: int) -> tuple[int, int, int]:
 def _listed(path: Path) -> list[str] | None:
     if not os.path.lexists(path):
         return None
-    if not path.is_file():
-        raise UserError(f"The list file {path} is no file: restore what it links to, or remove it.")
     try:
-        lines = read_text(path, LARGEST_LIST).split("\n")
-    except ValueError as error:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(_unreadable("list file", path, error)) from error
     return [line.strip() for line in lines if line.strip()]
 
@@ -483,34 +465,27 @@ def _images(folder: Path, split: str | None = None) -> list[Path]:
     if not folder.is_dir():
         part = "" if split is None else f" and split {split!r}"
         raise UserError(f"The data folder {folder} does not exist: check --data-root{part}.")
-    found, todo, seen = [], [folder], dict[str, Path]()
-    while todo:
-        parent = todo.pop()
-        # Links may lead in circles, and to one folder on many ways.
+    found, seen = [], dict[str, str]()
+    for parent, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        # Links may lead in circles, or to one folder in several ways.
         first = seen.setdefault(os.path.realpath(parent), parent)
         if first != parent:
             raise UserError(f"{parent} and {first} are one folder: remove the link to it.")
-        try:
-            with os.scandir(parent) as entries:
-                # Not ._x.png, which macOS writes beside x.png, nor Jupyter's .ipynb_checkpoints.
-                is_folder = {Path(e.path): e.is_dir() for e in entries if e.name[0] != "."}
-        except OSError as error:
-            raise UserError(
-                f"{error.filename} cannot be read ({error.strerror}): repair it or remove it."
-            ) from error
-        for path in is_folder:
-            if is_folder[path]:
-                todo.append(path)
-            elif path.suffix.lower() in _IMAGE_SUFFIXES:
-                if not os.path.isfile(path):
-                    raise UserError(f"{path} is no file: restore what it links to, or remove it.")
-                found.append(path)
+        # macOS writes ._x.png beside x.png, and Jupyter .ipynb_checkpoints.
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in _IMAGE_SUFFIXES]
     return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(
+        f"{error.filename} cannot be read ({error.strerror}): repair it or remove it."
+    ) from error
 
 
 def _refuse_absent(paths: Sequence[Path], list_file: Path) -> None:
     for path in paths:
-        # Unlike the method of Path also of a name that is too long for a file.
         if not os.path.isfile(path):
             raise UserError(
                 f"{list_file} lists {path}, which does not exist: restore the image or edit "
@@ -534,9 +509,9 @@ def _missing(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def _refuse_sideways(pair: Pair, size: tuple[int, ...], label_size: tuple[int, ...]) -> None:
-    """Refuse labels that were made for the image before or after a quarter turn.
+    """Refuse labels that are turned by 90 degrees against their image.
 
-    Other sizes are brought together by resizing.
+    Resizing makes other sizes agree.
     """
     if size != label_size and size == label_size[::-1]:
         raise UserError(
@@ -546,19 +521,15 @@ def _refuse_sideways(pair: Pair, size: tuple[int, ...], label_size: tuple[int, .
 
 @contextmanager
 def _opened(what: str, path: Path, *formats: str) -> Iterator[Image.Image]:
-    """An image file of one of some formats; all that is wrong with it becomes a UserError."""
+    """An image file of one of some formats; everything wrong with it becomes a UserError."""
     try:
-        # Of Pillow's other decoders some run programs, such as Ghostscript.
+        # Some of Pillow's other decoders run programs, such as Ghostscript.
         with Image.open(path, formats=formats) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"Image size exceeds the limit of {MOST_PIXELS:,} pixels")
-            if max(image.size) > _LONGEST_SIDE:
-                raise ValueError(f"Image size exceeds the limit of {_LONGEST_SIDE:,} a side")
             yield image
     except UnidentifiedImageError as error:
         wanted = ValueError(f"it is no {' or '.join(formats)} file")
         raise UserError(_unreadable(what, path, wanted)) from error
-    # A damaged byte can make a decoder run into anything.
+    # A damaged byte can make a decoder raise anything.
     except Exception as error:
         raise UserError(_unreadable(what, path, error)) from error
 
@@ -568,7 +539,7 @@ def _read_image(path: Path) -> Image.Image:
         if image.mode.startswith("I"):
             raise ValueError("its grey values have 16 bits, not 8")
         ImageOps.exif_transpose(image, in_place=True)
-        image.info.pop("transparency", None)  # else Pillow warns that it is left out
+        image.info.pop("transparency", None)  # else Pillow warns that it drops it
         return image.convert("RGB")
 
 
@@ -579,8 +550,8 @@ def _read_ids(path: Path) -> np.ndarray:
         coded = image.tile[0][3]
         in_low_byte = coded in ("RGB;16B", "RGBA;16B")
         if in_low_byte:
-            # Of 16-bit colour (big-endian in the file) Pillow keeps the upper byte, and the ids
-            # are in the lower one: read as little-endian, the lower byte is kept.
+            # Pillow keeps the upper byte of 16-bit colour (big-endian in the file), but the ids
+            # are in the lower one: declared as little-endian, the lower byte is kept.
             image.tile = [
                 (codec, box, offset, raw.replace(";16B", ";16L"))
                 for codec, box, offset, raw in image.tile
@@ -605,15 +576,15 @@ def _unreadable(what: str, path: Path, error: Exception) -> str:
 
 @dataclass
 class DataReport:
-    """What `check_data` found.
+    """The findings of `check_data`.
 
     Args:
         space: the classes that were counted.
         images: number of images in the list.
         missing: images without a label file.
         unreadable: one sentence for each file that is damaged or holds an unknown label id.
-        sizes: how many images have each (height, width).
-        odd_sizes: images whose labels have another size, with (height, width) of both.
+        sizes: number of images of each (height, width).
+        odd_sizes: images whose labels have another size.
         pixels: (C + 1,) int64, pixels of each class, then those not counted.
     """
 
@@ -622,7 +593,7 @@ class DataReport:
     missing: list[Path] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    odd_sizes: list[tuple[Path, tuple[int, int], tuple[int, int]]] = field(default_factory=list)
+    odd_sizes: list[Path] = field(default_factory=list)
     pixels: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @property
@@ -634,12 +605,12 @@ class DataReport:
 
     @property
     def usable(self) -> bool:
-        """Whether training could read every pair; images and labels of two sizes are no fault."""
+        """Whether training could read every pair; labels of another size are no fault."""
         return not self.missing and not self.unreadable
 
 
 def check_data(dataset: SegmentationDataset, progress: Progress | None = None) -> DataReport:
-    """Read every file of a data set and count what is there.
+    """Read every file of a data set and count images, missing files and pixels of each class.
 
     Args:
         dataset: opened with `allow_missing=True` where missing labels should be listed. With
@@ -648,7 +619,7 @@ def check_data(dataset: SegmentationDataset, progress: Progress | None = None) -
     """
     report = DataReport(dataset.space, len(dataset))
     report.pixels = torch.zeros(len(dataset.space) + 1, dtype=torch.int64)
-    # Threads suffice: decoding, which is nearly all of the work, releases the interpreter lock.
+    # Threads suffice, because decoding releases the interpreter lock.
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda pair: _check_pair(dataset, pair), dataset.pairs)
         for done, (pair, checked) in enumerate(zip(dataset.pairs, found, strict=True), 1):
@@ -659,7 +630,7 @@ def check_data(dataset: SegmentationDataset, progress: Progress | None = None) -
                 report.sizes[size] += 1
                 report.pixels += pixels
                 if label_size is not None and label_size != size:
-                    report.odd_sizes.append((pair[0], size, label_size))
+                    report.odd_sizes.append(pair[0])
                 if pair[1] is not None and label_size is None:
                     report.missing.append(pair[0])
             if progress is not None:

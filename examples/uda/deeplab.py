@@ -1,38 +1,36 @@
 """DeepLabv2 with two classifier heads, and the files its weights come from.
 
 The network is a ResNet whose last two stages keep stride 8 and dilate their convolutions instead.
-The final head reads the last stage, the low-level head the stage before it; the low-level head is
-what multi-level guidance trains on the target. Layer names and shapes are those of the published
+The final head reads the last stage, the low-level head the stage before it; multi-level guidance
+trains the low-level head on the target. Layer names and shapes are those of the published
 implementation, so that its checkpoints load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from uda import checkpoint
-from uda.errors import UserError
 
 Aspp = Literal["published", "all"]
 DILATIONS = (6, 12, 18, 24)
-# The published head returns inside its loop over the dilations: only the first two ever take part.
+# The published head returns inside its loop over the dilations, so that it uses only two.
 DILATIONS_USED: dict[Aspp, int] = {"published": 2, "all": 4}
 HEADS = ("layer5.", "layer6.")
 # torchvision's weights expect RGB / 255 divided by these; ours see BGR on the scale 0..255.
 TORCHVISION_STD = (0.229, 0.224, 0.225)
-WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class AtrousHead(nn.Module):
     """Sum of 3x3 classifiers at several dilations (ASPP).
 
-    All four are always present, so that every checkpoint fits; those that take no part are frozen.
+    All four are always present, so that every checkpoint fits; those that are not used are frozen.
     """
 
     def __init__(self, channels: int, classes: int, aspp: Aspp) -> None:
@@ -142,13 +140,13 @@ def deeplab_small(classes: int, *, aspp: Aspp = "published", freeze_bn: bool = F
 def load_weights(model: DeepLabV2, path: Path) -> bool:
     """Load a file of weights into a model.
 
-    Two kinds of files are understood. A *checkpoint* holds both heads and must fit completely.
-    An *initialisation* (published ImageNet or COCO weights, or torchvision's ResNet-101) holds no
-    second head: the backbone is taken, other classifiers in it are not, the heads stay as they
+    There are two kinds of files. A *checkpoint* holds both heads and must fit completely. An
+    *initialisation* (published ImageNet or COCO weights, or torchvision's ResNet-101) has no second
+    head: its backbone is loaded, other classifiers in it are ignored, and the heads stay as they
     are. Weights may lie in the file itself or under "model" or "state_dict"; a common prefix of
-    their names ("module.", "Scale.") is removed. torchvision's first convolution, made for RGB
-    scaled to unit variance, is rescaled to our BGR minus mean (the means differ by less than one
-    grey level of 255).
+    their names ("module.", "Scale.") is removed. torchvision's first convolution expects RGB of
+    unit variance and is rescaled to our BGR minus mean (the means differ by less than one grey
+    level of 255).
 
     Returns:
         Whether the heads were loaded too.
@@ -156,64 +154,14 @@ def load_weights(model: DeepLabV2, path: Path) -> bool:
     Raises:
         UserError: the file cannot be read or does not fit; names the first keys at fault.
     """
-    weights = _tensors(checkpoint.read(path), path)
+    weights = checkpoint.read_weights(path)
     is_torchvision = "fc.weight" in weights
-    weights = _common_prefix_removed(weights, path)
-    own = model.state_dict()
+    weights = checkpoint.strip_prefix(weights, "conv1.weight")
     is_checkpoint = any(key.startswith("layer6.") for key in weights)
     if not is_checkpoint:
         weights = {key: w for key, w in weights.items() if not key.startswith(("fc.", *HEADS))}
-
-    wanted = [key for key in own if is_checkpoint or not key.startswith(HEADS)]
-    # Files from before torch 0.4.1 do not count batches; nothing here needs that number.
-    missing = [k for k in wanted if k not in weights and not k.endswith("num_batches_tracked")]
-    unknown = [key for key in weights if key not in own]
-    misshapen = [
-        f"{key} {tuple(w.shape)} where this network has {tuple(own[key].shape)}"
-        for key, w in weights.items()
-        if key in own and w.shape != own[key].shape
-    ]
-    # Such as the integers of a quantised model, which mean nothing without their scale.
-    mistyped = [
-        f"{key} in {w.dtype}"
-        for key, w in weights.items()
-        if key in own and own[key].is_floating_point() and w.dtype not in WEIGHT_TYPES
-    ]
-    problems = {"lacks": missing, "has unknown": unknown, "has": misshapen or mistyped}
-    for problem, keys in problems.items():
-        if keys:
-            listed = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise UserError(
-                f"{path} does not fit this network: it {problem} {listed}; "
-                "give weights of the same architecture and number of classes"
-            )
-    if is_torchvision and not is_checkpoint:
-        std = torch.tensor(TORCHVISION_STD).view(1, 3, 1, 1)
-        weights["conv1.weight"] = (weights["conv1.weight"] / (255 * std)).flip(1)
-    model.load_state_dict(weights, strict=False)
+        if is_torchvision:
+            std = torch.tensor(TORCHVISION_STD).view(1, 3, 1, 1)
+            weights["conv1.weight"] = (weights["conv1.weight"] / (255 * std)).flip(1)
+    checkpoint.load_weights(model, weights, path, optional=() if is_checkpoint else HEADS)
     return is_checkpoint
-
-
-def _tensors(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    for wrapper in ("model", "state_dict"):
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    weights = {
-        key: value
-        for key, value in content.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
-    if len(weights) < len(content) or not weights:
-        raise UserError(
-            f'{path} holds no weights, neither itself nor under "model" or "state_dict"'
-        )
-    return weights
-
-
-def _common_prefix_removed(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Names without what stands before the stem's "conv1.weight" (blocks have one too, deeper)."""
-    stems = [key for key in weights if key.endswith("conv1.weight")]
-    if not stems:
-        raise UserError(f"{path} holds no ResNet: none of its keys ends in conv1.weight")
-    prefix = min(stems, key=len).removesuffix("conv1.weight")
-    return {key.removeprefix(prefix): value for key, value in weights.items()}

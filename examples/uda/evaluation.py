@@ -16,10 +16,10 @@ from uda.errors import UserError
 
 @dataclass(frozen=True)
 class Scores:
-    """What a confusion matrix says, in percent.
+    """The scores of a confusion matrix, in percent.
 
-    A class takes part in a mean where its score is defined: IoU unless it is absent from labels
-    and predictions alike, accuracy if it is in the labels, precision if it was ever predicted.
+    A mean is taken over the classes whose score is defined: the IoU unless the class is absent from
+    both labels and predictions, accuracy if it is in the labels, precision if it was predicted.
 
     Args:
         confusion: (C, C) pixel counts; rows are labels, columns predictions.
@@ -83,6 +83,7 @@ def evaluate(
     space: LabelSpace,
     *,
     flip: bool = True,
+    align_corners: bool = True,
     device: torch.device | str = "cpu",
     on_progress: Callable[[int], object] | None = None,
 ) -> Scores:
@@ -93,6 +94,7 @@ def evaluate(
         loader: batches of samples; predictions are upsampled to the size of their labels, which
             may be larger than the images (full resolution).
         space: the label space of the loader's labels.
+        align_corners: how logits are upsampled, as in `torch.nn.functional.interpolate`.
         flip: average the class probabilities (not the logits) of an image and its mirror image.
         device: where the model is.
         on_progress: called after each batch with the number of its images.
@@ -101,7 +103,7 @@ def evaluate(
     returns the scores of all of them.
 
     Raises:
-        UserError: the model's outputs are not finite, so that their largest means nothing.
+        UserError: the model's outputs are not finite, so that their argmax is meaningless.
     """
     matrix = MulticlassConfusionMatrix(len(space.names), ignore_index=-1, validate_args=False)
     matrix = matrix.to(device)
@@ -110,14 +112,15 @@ def evaluate(
     finite = torch.ones((), dtype=torch.bool, device=device)
     for images, labels, _ in loader:
         images, labels = images.to(device), labels.to(device)
-        probabilities = predict(model, images, tuple(labels.shape[-2:]), flip=flip)
+        size = tuple(labels.shape[-2:])
+        probabilities = predict(model, images, size, flip=flip, align_corners=align_corners)
         finite &= probabilities.isfinite().all()
         matrix.update(probabilities.argmax(dim=1), labels)
         if on_progress is not None:
             on_progress(len(images))
     model.train(was_training)
     confusion = matrix.compute().cpu()
-    # Read but once, because that synchronises, and after what all processes take part in.
+    # Read once, because reading synchronises, and only after all processes have exchanged matrices.
     if not finite:
         raise UserError(
             "The network's outputs are not finite: give other weights, or train these with a "
@@ -128,13 +131,19 @@ def evaluate(
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, images: Tensor, size: tuple[int, int], *, flip: bool = True
+    model: nn.Module,
+    images: Tensor,
+    size: tuple[int, int],
+    *,
+    flip: bool = True,
+    align_corners: bool = True,
 ) -> Tensor:
     """Class probabilities (N, C, *size) of the final head, averaged over the mirror image."""
 
     def probabilities(images: Tensor) -> Tensor:
         logits, _ = model(images)
-        return F.interpolate(logits, size, mode="bilinear", align_corners=True).softmax(dim=1)
+        full = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
+        return full.softmax(dim=1)
 
     if not flip:
         return probabilities(images)

@@ -1,4 +1,4 @@
-"""From settings to what is trained on and what is trained: scenes, data sets, batches, network."""
+"""From settings to scenes, data sets, batches and the network."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from uda import checkpoint, datasets, deeplab, scenes
+from uda import checkpoint, datasets, deeplab, networks, scenes
 from uda.datasets import Progress, Sample, SegmentationDataset
 from uda.errors import UserError, one_line
 from uda.outputs import from_json
@@ -51,6 +52,7 @@ def open_data(
     training = {
         "classes": s.classes,
         "augment": None if s.augment == "none" else s.augment,
+        "normalize": s.normalize,
         "seed": s.seed,
     }
     source_root, target_root = s.data_root / s.source_folder, s.data_root / s.target_folder
@@ -58,11 +60,9 @@ def open_data(
     target = datasets.open_dataset(
         s.target, target_root, "train", size=s.target_size, labels=False, **training
     )
-    validation = datasets.open_dataset(
-        s.target, target_root, "val", size=s.target_size, classes=s.classes
-    )
+    validation = open_validation(s)
     if s.source_evaluate_every:
-        open_source_validation(s)  # whose absence is to show now, not after so many steps
+        open_source_validation(s)  # to find out now, not after many steps, if it is missing
     if source.space.names != validation.space.names:
         raise UserError(
             f"{source_root} and {target_root} do not name the same classes in the same order "
@@ -79,7 +79,7 @@ def open_data(
 
 
 def list_warning(s: Settings, images: int) -> str | None:
-    """What to tell about a source of `images` images that is not the published list of them."""
+    """A warning if the number of source images differs from that of the published list."""
     listed = LISTED_IMAGES.get(s.source)
     if s.preset == Settings.preset or listed in (None, images):
         return None
@@ -90,11 +90,16 @@ def list_warning(s: Settings, images: int) -> str | None:
     )
 
 
+def open_validation(s: Settings) -> SegmentationDataset:
+    """The target's validation images, with labels."""
+    root, options = s.data_root / s.target_folder, {"classes": s.classes, "normalize": s.normalize}
+    return datasets.open_dataset(s.target, root, "val", size=s.target_size, **options)
+
+
 def open_source_validation(s: Settings) -> SegmentationDataset:
     """The source's own validation images, with labels."""
-    return datasets.open_dataset(
-        s.source, s.data_root / s.source_folder, "val", size=s.source_size, classes=s.classes
-    )
+    root, options = s.data_root / s.source_folder, {"classes": s.classes, "normalize": s.normalize}
+    return datasets.open_dataset(s.source, root, "val", size=s.source_size, **options)
 
 
 def batches(
@@ -109,8 +114,8 @@ def batches(
 ) -> Iterator[Sample]:
     """Batches number `first` to `last` - 1 of an endless shuffled pass over a data set.
 
-    A batch depends on the seed, the stream and its number alone, so that a resumed run goes on
-    with the data of an uninterrupted one. Each of `world` processes receives its share of it.
+    A batch depends only on the seed, the stream and its number, so that a resumed run sees the
+    same data as an uninterrupted one. Each of `world` processes receives its share of the batch.
     """
     per_epoch = len(dataset) // s.batch_size
     while first < last:
@@ -132,14 +137,14 @@ def validation_loader(
 
 
 def _loader(
-    dataset: torch.utils.data.Dataset[Sample], s: Settings, **how: Any
+    dataset: torch.utils.data.Dataset[Sample], s: Settings, **options: Any
 ) -> DataLoader[Sample]:
     return DataLoader(
         dataset,
         num_workers=s.workers,
         pin_memory=s.device != "cpu" and torch.cuda.is_available(),
         generator=torch.Generator(),  # leaves the global random state alone
-        **how,
+        **options,
     )
 
 
@@ -156,42 +161,70 @@ def choose_device(wanted: str, processes: int = 1) -> str:
     return device
 
 
-def build_network(s: Settings) -> deeplab.DeepLabV2:
-    """The network of a run, with random weights."""
+def build_network(s: Settings) -> nn.Module:
+    """The network of a run, with its initial weights."""
+    if not s.has_deeplab:
+        return networks.build(s.network, s.classes)
     make = deeplab.deeplab_small if s.network == "small" else deeplab.deeplab_resnet101
     return make(s.classes, aspp=s.aspp, freeze_bn=s.freeze_bn)
 
 
-def load_init(network: deeplab.DeepLabV2, s: Settings) -> None:
+def load_init(network: nn.Module, s: Settings) -> None:
     """Give a network the weights of --init."""
-    has_heads = deeplab.load_weights(network, s.init)
-    if not has_heads and not s.source_steps:
+    if not s.has_deeplab:
+        networks.load_weights(network, s.init)
+    elif not deeplab.load_weights(network, s.init) and not s.source_steps:
         raise UserError(f"--init {s.init} has no classifier: train one with --source-steps.")
 
 
-def load_network(path: Path, **changes: Any) -> tuple[deeplab.DeepLabV2, Settings]:
+def check_network(s: Settings) -> None:
+    """Refuse a network of the user's own that cannot do what the settings ask for."""
+    if s.has_deeplab:
+        return
+    if s.backbone_updates != "once" or s.freeze_bn:
+        raise UserError(
+            f"--network {s.network} cannot have --backbone-updates {s.backbone_updates} or "
+            "--freeze-bn, which are for DeepLabv2: give --backbone-updates once --no-freeze-bn."
+        )
+    network = build_network(s)
+    has_low_head = networks.try_out(network, (s.source_size, s.target_size), s.network)
+    if not has_low_head and s.method in ("maxsquare-iw-multi", "all"):
+        raise UserError(
+            f"--method {s.method} needs a second head, but --network {s.network} has one only: "
+            "choose another method, such as maxsquare-iw."
+        )
+
+
+def load_network(path: Path, **changes: Any) -> tuple[nn.Module, Settings]:
     """The network of a checkpoint and the settings of its run.
 
     A checkpoint of the published code holds no settings: it gets the defaults. `changes` that are
-    not None replace settings.
+    not None replace settings. They must name a network of the user's own again, because a file must
+    not choose the code that runs.
     """
-    settings = checkpoint.read(path).get("settings")
+    given = {name: value for name, value in changes.items() if value is not None}
     try:
-        s = Settings() if settings is None else from_json(settings)
-    except UserError as error:
+        s = from_json(checkpoint.read(path).get("settings", {}))
+    except (UserError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} holds settings that this script cannot use ({str(error).rstrip('.')}): give "
             "another checkpoint."
         ) from error
-    s = replace(s, **{name: value for name, value in changes.items() if value is not None})
+    s = replace(s, **given)
+    if not s.has_deeplab and "network" not in given:
+        raise UserError(
+            f"{path} belongs to --network {s.network}: give that option, too, if you trust it."
+        )
     network = build_network(s)
-    if not deeplab.load_weights(network, path):
+    if not s.has_deeplab:
+        networks.load_weights(network, path)
+    elif not deeplab.load_weights(network, path):
         raise UserError(f"{path} holds no classifier, only a backbone: give a trained checkpoint.")
     return network, s
 
 
 def check_data(s: Settings, console: Console) -> None:
-    """Read every file of the source and of the labelled target, and print what is there."""
+    """Read every file of the source and of the labelled target, and print a report."""
     if s.data_root is None:
         raise UserError("--check-data needs the folder of the data sets: give it as --data-root.")
     parts = ((s.source, s.source_folder, "train"), (s.target, s.target_folder, "val"))

@@ -5,27 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from uda import checkpoint
-from uda.errors import UserError, shown
-from uda.files import read_json
+from uda.errors import UserError
 from uda.presets import Settings, option
 
 try:
     import fcntl
-except ImportError:  # Windows, where nobody keeps a second run out
+except ImportError:  # Windows, where a second run is not kept out
     fcntl = None  # type: ignore[assignment]
 
 SETTINGS = "settings.json"
 LOCK = ".lock"
-# What a start that failed before its first step leaves behind: nothing that is worth keeping.
+# The files of a start that failed before its first step: a new run may replace them.
 ABORTED_START = frozenset({LOCK, SETTINGS, SETTINGS + checkpoint.PARTIAL})
-# No setting comes near it, and Python takes minutes to write a number of a million digits.
-_TOO_LARGE = 2**63
 # A resumed run may differ in these settings from the run it continues, and in no others.
 FREE_ON_RESUME = frozenset(
     {"out", "resume", "data_root", "device", "workers", "log_every", "save_every"}
@@ -61,11 +57,11 @@ def run_folder(settings: Settings) -> Path:
 
 @contextlib.contextmanager
 def claim(settings: Settings) -> Iterator[None]:
-    """Make the folder of a run this process's own, and note the settings in it."""
+    """Keep other runs out of the folder of a run, and note the settings in it."""
     folder = settings.out
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / LOCK, f"Another run writes to --out {folder}: choose another folder."):
-        # Another run may have come and gone since the first look.
+        # Another run may have started and ended since the first check.
         run_folder(settings)
         write_json(folder / SETTINGS, as_json(settings))
         yield
@@ -82,8 +78,8 @@ def lock(path: Path, refusal: str | None = None) -> Iterator[None]:
     with path.open("a") as file:
         if fcntl is not None:
             try:
-                # Unlike flock, not inherited by loader processes, which outlive a killed run by
-                # seconds.
+                # Loader processes inherit a lock of flock, but not this one, and may outlive a
+                # killed run by seconds.
                 fcntl.lockf(file, fcntl.LOCK_EX | (0 if refusal is None else fcntl.LOCK_NB))
             except (BlockingIOError, PermissionError) as error:
                 raise UserError(refusal) from error
@@ -99,8 +95,8 @@ def _refuse_other_settings(path: Path, settings: Settings) -> None:
     for name in sorted(now.keys() - FREE_ON_RESUME):
         if earlier.get(name) != now[name]:
             raise UserError(
-                f"The run in {path.parent} has {option(name)} {shown(earlier.get(name))}, not "
-                f"{shown(now[name])}: resume it with the options it was started with."
+                f"The run in {path.parent} has {option(name)} {earlier.get(name)}, not "
+                f"{now[name]}: resume it with the options it was started with."
             )
 
 
@@ -109,51 +105,37 @@ def as_json(settings: Settings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
 
 
-def from_json(content: object) -> Settings:
+def from_json(content: Mapping[str, Any]) -> Settings:
     """The inverse of `as_json`, for settings of other versions too.
 
-    What is missing has its default, and what no longer exists is left out.
-
-    Raises:
-        UserError: these are no settings, or one has a value that it cannot have.
+    A missing setting gets its default; one that no longer exists is ignored.
     """
-    if not isinstance(content, Mapping):
-        raise UserError(f"they are a {type(content).__name__}, not names with values")
     values = {}
     for name, hint in get_type_hints(Settings).items():
-        if name not in content:
-            continue
-        value = content[name]
-        if isinstance(value, list):
-            value = tuple(value)
-        elif isinstance(value, str) and Path in get_args(hint):
-            value = Path(value)
-        if not _fits(value, hint):
-            raise UserError(f"{option(name)} cannot be {shown(content[name])}")
-        values[name] = value
+        if name in content:
+            value = content[name]
+            if isinstance(value, list):
+                value = tuple(value)
+            elif isinstance(value, str) and Path in get_args(hint):
+                value = Path(value)
+            values[name] = value
+    if values.get("backbone_updates") == "published":  # its name up to 0.2.0
+        values["backbone_updates"] = "duplicated"
     return Settings(**values)
-
-
-def _fits(value: object, hint: Any) -> bool:
-    """Whether a value is of the type that `Settings` gives to a setting."""
-    kind, arguments = get_origin(hint), get_args(hint)
-    if kind is Literal:
-        return any(type(value) is type(choice) and value == choice for choice in arguments)
-    if kind in (Union, types.UnionType):
-        return any(_fits(value, choice) for choice in arguments)
-    if kind is tuple:
-        return (
-            isinstance(value, tuple)
-            and len(value) == len(arguments)
-            and all(map(_fits, value, arguments))
-        )
-    # Not isinstance, for which True and False are numbers.
-    if hint in (int, float):
-        return type(value) in (int, hint) and abs(value) < _TOO_LARGE
-    return isinstance(value, hint)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `path` so that it never holds half a document."""
     text = json.dumps(content, indent=2) + "\n"
     checkpoint.write(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of these scripts; UserError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): restore it or remove it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it holds no object): restore it or remove it.")
+    return content

@@ -18,7 +18,7 @@ _LINE = 22  # pixels of a line of text
 
 
 def colorize(labels: torch.Tensor, space: LabelSpace) -> np.ndarray:
-    """Paint a (H, W) map of classes as a (H, W, 3) uint8 picture; what is not a class is black."""
+    """Paint a (H, W) map of classes as a (H, W, 3) uint8 picture; other values become black."""
     classes = labels.detach().cpu().long()
     classes = classes.where((classes >= 0) & (classes < len(space)), len(space))
     palette = np.array([*space.colors, (0, 0, 0)], dtype=np.uint8)
@@ -35,8 +35,8 @@ def panel(
     """Write rows of pictures with a title above each column and the classes' colours below.
 
     Args:
-        rows: each an image, (3, H, W) uint8 as `datasets.to_rgb` returns it, then one (H, W) map
-            of classes for each further title.
+        rows: each has an image, (3, H, W) uint8 as `datasets.to_rgb` returns it, then one (H, W)
+            map of classes for each further title.
         path: PNG file to write.
         space: names and colours of the classes.
         titles: one for each column.
@@ -62,7 +62,7 @@ def panel(
         pen.text((center, _LINE // 2 + 2), title, fill="black", font=font, anchor="mm")
     for row, pictures in enumerate(columns):
         for column, picture in enumerate(pictures):
-            # Maps may come at another size than the image, such as a full-resolution truth.
+            # A map may differ from the image in size: the ground truth has full resolution.
             picture = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (_GAP + column * step_x, _LINE + _GAP + row * step_y))
     for c, (name, color) in enumerate(zip(space.names, space.colors, strict=True)):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from uda.adaptation import BackboneUpdates
-from uda.datasets import MOST_CLASSES, MOST_PIXELS, Kind
+from uda.datasets import MOST_CLASSES, Kind, Normalization
 from uda.deeplab import Aspp
 from uda.errors import UserError
 
@@ -29,29 +29,34 @@ Method = Literal[
     "pseudo-label",
     "all",
 ]
-# What "all" runs: the methods that the paper compares.
+# The methods that the paper compares; "all" runs them.
 COMPARED = ("source", "entropy", "maxsquare", "maxsquare-iw", "maxsquare-iw-multi", "pseudo-label")
-# NumPy's generators and Fabric take no larger one.
-LARGEST_SEED = 2**32 - 1
-# The network's stride: from here on its logits have two positions along a side, and BatchNorm
-# something to average even where a batch is one image.
+DEEPLABS = ("small", "resnet101")
+LARGEST_SEED = 2**32 - 1  # of NumPy's generators
+# The stride of the network. A smaller image has one position of logits, and BatchNorm cannot
+# average over a batch of one.
 SMALLEST_SIDE = 8
+POSITIVE = "source_lr lr batch_size processes machines log_every save_every evaluate_every".split()
+NOT_NEGATIVE = (
+    "seed scenes source_steps source_horizon steps horizon momentum weight_decay target_weight "
+    "low_weight workers source_evaluate_every threads"
+).split()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Adapt a segmentation network to images that nobody has labelled.
+    """Adapt a segmentation network to unlabelled images.
 
     A network is trained on labelled source images, then adapted to unlabelled target images, and
-    evaluated on held-out target images after either stage. Without arguments: the demo, which
-    adapts a source model that comes with this script, on street scenes rendered for the occasion.
+    evaluated on held-out target images after both stages. Without arguments, this runs the demo: it
+    renders street scenes and adapts the source model that comes with this script to them.
     """
 
     preset: str = "demo"
-    """Row of settings to start from (--list-presets shows them); other options override it."""
+    """Set of settings to start from (--list-presets shows them); other options override it."""
     method: Method = "maxsquare-iw-multi"
     """Target loss of the second stage. "source" continues on the source alone (the control);
-    "all" runs those that the paper compares, from one source model."""
+    "all" runs the methods that the paper compares, from one source model."""
     seed: int = 0
     """Seed of the initial weights, the data order and the augmentation."""
     out: Path | None = None
@@ -60,15 +65,15 @@ class Settings:
     """Continue the run in --out from its last checkpoint (give its other options again)."""
     init: Path | None = None
     """Weights to start from: a checkpoint of this script, of the published code, or torchvision's
-    ResNet-101. With --source-steps 0 these are the source model that is adapted; the demo then
-    takes the one that comes with this script."""
+    ResNet-101. With --source-steps 0 they are the source model that is adapted; the demo then
+    takes the model that comes with this script."""
     compare: bool = False
-    """Also measure what needs no target loss: the source model with BatchNorm statistics of the
-    target, and the source model trained on for as many steps on the source alone."""
+    """Also measure two controls without a target loss: the source model with BatchNorm statistics
+    of the target, and the source model after as many further steps on the source alone."""
     list_presets: bool = False
     """Print the presets with their settings and published results, then stop."""
     check_data: bool = False
-    """Walk the data sets, report counts, missing pairs and class frequencies, then stop."""
+    """Read the data sets, report counts, missing pairs and class frequencies, then stop."""
 
     data_root: Path | None = None
     """Folder that holds the data sets; for rendered scenes, the folder that keeps them (default:
@@ -95,8 +100,16 @@ class Settings:
     --data-root unless they are there; 0, and always for layouts other than gta5 and cityscapes:
     use the data sets that are there."""
 
-    network: Literal["small", "resnet101"] = "resnet101"
-    """DeepLabv2 on the published ResNet-101, or a small one that trains from scratch on a CPU."""
+    normalize: Normalization = "published"
+    """Preprocessing: BGR minus the published mean, or RGB as torchvision's weights expect it."""
+
+    network: str = "resnet101"
+    """DeepLabv2 on the published ResNet-101; "small", which trains from scratch on a CPU; or a
+    network of your own as package.module:factory, a callable that takes the number of classes and
+    returns an nn.Module."""
+    align_corners: bool = False
+    """Upsample the logits of a network of your own with align_corners=True, as those of DeepLabv2
+    always are."""
     aspp: Aspp = "published"
     """Dilations of the classifier heads: 6 and 12 as the published code, or 6, 12, 18 and 24."""
     freeze_bn: bool = False
@@ -122,24 +135,25 @@ class Settings:
     weight_decay: float = 5e-4
     """Weight decay of SGD."""
     backbone_updates: BackboneUpdates = "torch-1.0"
-    """The published optimiser lists backbone tensors three or four times and so updates them as
-    often in each step: "torch-1.0" by the rule of torch 1.0.0, as in the published runs, with about
-    twice the weight decay of "published", the rule of today's torch. "once" updates them once."""
+    """The published optimiser lists each backbone tensor three or four times, and so updates it as
+    often in each step. "torch-1.0" follows the rule of torch 1.0.0, as the published runs did;
+    "duplicated" that of today's torch, with about half the weight decay. "once" updates once."""
 
     target_weight: float = 0.1
     """Weight of the target loss, for scale="reference"."""
     ratio: float = 0.2
-    """Exponent of the image-wise class weights, from -1 to 1: 0 weighs all pixels alike, 1 all
-    classes alike, and below 0 the pixels of frequent classes weigh more."""
+    """Exponent of the image-wise class weights, from -1 to 1: 0 gives all pixels the same weight, 1
+    all classes, and a negative one gives the pixels of frequent classes more."""
     threshold: float = 0.95
     """Confidence above which a prediction becomes a pseudo label or guides the low-level head."""
     low_weight: float = 0.1
     """Weight of the low-level head: of its source cross entropy, in the source stage and in
-    multi-level methods, and of its guidance within the target loss; 0 leaves that head alone."""
+    multi-level methods, and of its guidance in the target loss; 0 leaves that head alone."""
 
     bn_statistics: Literal["training", "target"] = "training"
-    """BatchNorm's running statistics in the adapted model: as training leaves them, source and
-    target images having entered in turn (published), or taken from target images at the end."""
+    """BatchNorm's running statistics in the adapted model: "training" keeps those of training, into
+    which source and target images enter in turn (published); "target" takes them from target images
+    at the end."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; "auto" takes a GPU if there is one."""
@@ -151,11 +165,11 @@ class Settings:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network; weights and losses stay in fp32."""
     channels_last: bool = False
-    """Keep images and features channels-last in memory, which is quicker on GPUs."""
+    """Store images and features channels-last in memory, which is faster."""
     compile: bool = False
     """Compile the network with torch.compile."""
     threads: int = 0
-    """Threads that compute on a CPU; 0: as many as PyTorch chooses."""
+    """Threads for computing on a CPU; 0: as many as PyTorch chooses."""
     workers: int = 2
     """Processes that load images; 0 loads them in the training process."""
 
@@ -170,10 +184,13 @@ class Settings:
     (split "val" of its layout; scenes draw a quarter as many); 0: none."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{option(field.name)} must be a finite number, not {value}.")
+                raise UserError(f"{option(name)} must be a finite number, not {value}.")
+            if name in POSITIVE and value <= 0:
+                raise UserError(f"{option(name)} must be positive, not {value}.")
+            if name in NOT_NEGATIVE and value < 0:
+                raise UserError(f"{option(name)} must not be negative, not {value}.")
         for name in ("source_size", "target_size"):
             height, width = getattr(self, name)
             if min(height, width) < SMALLEST_SIDE:
@@ -181,22 +198,11 @@ class Settings:
                     f"{option(name)} {height} {width} is too small for the network: take at least "
                     f"{SMALLEST_SIDE} pixels each way."
                 )
-            if height * width > MOST_PIXELS:
-                raise UserError(
-                    f"{option(name)} {height} {width} is too large: take at most {MOST_PIXELS:,} "
-                    "pixels in all."
-                )
-        positive = "source_lr lr batch_size processes machines log_every save_every evaluate_every"
-        for name in positive.split():
-            if getattr(self, name) <= 0:
-                raise UserError(f"{option(name)} must be positive, not {getattr(self, name)}.")
-        not_negative = (
-            "seed scenes source_steps source_horizon steps horizon momentum weight_decay "
-            "target_weight low_weight workers source_evaluate_every threads"
-        )
-        for name in not_negative.split():
-            if getattr(self, name) < 0:
-                raise UserError(f"{option(name)} must not be negative, not {getattr(self, name)}.")
+        if not self.has_deeplab and ":" not in self.network:
+            raise UserError(
+                f"--network {self.network} is neither {' nor '.join(DEEPLABS)}: name a network of "
+                "your own as package.module:factory."
+            )
         if not 2 <= self.classes <= MOST_CLASSES:
             raise UserError(f"--classes must be from 2 to {MOST_CLASSES}, not {self.classes}.")
         if self.seed > LARGEST_SEED:
@@ -229,6 +235,16 @@ class Settings:
                     f"{getattr(self, steps)}: make it at least as large, or 0."
                 )
 
+    @property
+    def has_deeplab(self) -> bool:
+        """Whether the network is one of this example's."""
+        return self.network in DEEPLABS
+
+    @property
+    def corners(self) -> bool:
+        """The align_corners with which logits are upsampled."""
+        return self.has_deeplab or self.align_corners
+
 
 def option(name: str) -> str:
     """The command line's name of a setting."""
@@ -237,7 +253,7 @@ def option(name: str) -> str:
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings, the target mIoU published for them in percent, and what the source leaves open."""
+    """Settings, their published target mIoU in percent, and what the publication leaves open."""
 
     settings: Settings
     published: str = "-"
@@ -255,14 +271,14 @@ class Preset:
 
 # The published training lists name fewer images than the data sets have (24,966 and 9,400).
 LISTED_IMAGES: Mapping[Kind, int] = {"gta5": 12_403, "synthia": 9_000}
-# What holds for many rows; --list-presets shows it under them.
+# Notes on many rows, which --list-presets shows under the table.
 NOTES = (
     'A row "starts from" the row of that name of the same pair: give its last.pt as --init.',
     "published: target mIoU in percent, for SYNTHIA over 16 / 13 classes.",
     "source: trains the final head only; source-multi: both, for the multi-level method.",
     "SYNTHIA: every printed image-wise command ran with ratio -0.2, as such or as a 0.2 that the "
-    "code negated; the table is older than these commands, and none was printed for multi.",
-    "optimiser: --backbone-updates torch-1.0, since the published README names torch 1.0.0. With "
+    "code negated; the table is older than these commands, and no command for multi was printed.",
+    "optimiser: --backbone-updates torch-1.0, because the published README names torch 1.0.0. With "
     "that version's optimiser the published loop and this one are equal in float64; under today's "
     "torch its first step is 1.87 times shorter (shortcuts 2.26), its weight decay half as strong.",
     "lists: the published runs read 12,403 of GTA5's 24,966 images and 9,000 of SYNTHIA's 9,400; "
@@ -287,8 +303,8 @@ _ENTROPY = {"method": "entropy", "low_weight": 0.0}
 _PLAIN = {"method": "maxsquare", "low_weight": 0.0}
 _IMAGE_WISE = {"method": "maxsquare-iw", "low_weight": 0.0}
 _MULTI = {"method": "maxsquare-iw-multi"}
-# The source model that comes with the demo; its card lies beside it.
-SHIPPED = Path(__file__).resolve().parents[1] / "source_model" / "model.safetensors"
+# The source model that comes with the demo, with its card beside it.
+DEMO_CHECKPOINT = Path(__file__).resolve().parents[1] / "source_model" / "model.safetensors"
 _DEMO = Settings(
     source_size=(180, 320),
     target_size=(160, 320),
@@ -301,11 +317,11 @@ _DEMO = Settings(
     horizon=0,
     lr=5e-3,
     batch_size=2,
-    # Published for 29,750 steps is 0.1; so few need a stronger pull.
+    # The published 0.1 is for 29,750 steps; fewer steps need a larger weight.
     target_weight=5.0,
     backbone_updates="once",
     channels_last=True,
-    # Threads that share busy cores wait for each other: two are then slower than one.
+    # On busy cores threads wait for each other, and two are slower than one.
     threads=1,
     workers=1,
     save_every=100,

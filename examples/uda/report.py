@@ -1,4 +1,4 @@
-"""What a run tells its user on the screen: progress bars, tables, errors."""
+"""The screen output of a run: progress bars, tables, errors."""
 
 from __future__ import annotations
 
@@ -35,33 +35,25 @@ LOADER_KILLED = (
 )
 
 
+def console(**options: Any) -> Console:
+    """A console that shows names of files and classes as they are, brackets and colons included."""
+    return Console(markup=False, emoji=False, **options)
+
+
 class RateColumn(TextColumn):
     """Finished units per second."""
-
-    def __init__(self) -> None:
-        super().__init__("")
 
     def render(self, task: Any) -> Text:
         return Text(f"{task.speed:.1f}/s" if task.speed else "-/s", style="cyan")
 
 
-class PlainConsole(Console):
-    """A console that shows names of files and classes as they are, and obeys nothing in them."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, **options)
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(one_line(text), **options)
-
-
 def progress_bar(console: Console) -> Progress:
-    """A bar with count, rate and remaining time; a task's `note` field stands at its end."""
+    """A bar with count, rate and remaining time, which ends in a task's `note` field."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=8),
         MofNCompleteColumn(),
-        RateColumn(),
+        RateColumn(""),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
         console=console,
@@ -102,7 +94,7 @@ def _percent(value: float | None) -> str:
 
 
 def presets_table(presets: Mapping[str, Preset]) -> Table:
-    """Every preset with the settings that tell the experiments apart."""
+    """Every preset with the settings in which the experiments differ."""
     table = Table(box=SIMPLE)
     columns = ("preset", "published", "starts from", "sizes", "steps", "lr", "weight", "ratio")
     for column in (*columns, "low, threshold"):
@@ -128,14 +120,14 @@ def presets_table(presets: Mapping[str, Preset]) -> Table:
 
 
 def data_table(report: DataReport, title: str) -> Table:
-    """What `check_data` found in one data set."""
+    """The findings of `check_data` in one data set."""
     table = Table("", "", title=title, show_header=False)
     table.add_row("images", str(report.images))
     sizes = ", ".join(f"{n} of {w}x{h}" for (h, w), n in report.sizes.most_common(5))
     table.add_row("sizes", sizes)
     table.add_row("without label", _first(report.missing))
     table.add_row("unreadable", _first(report.unreadable))
-    table.add_row("label of another size", _first([row[0] for row in report.odd_sizes]))
+    table.add_row("label of another size", _first(report.odd_sizes))
     table.add_section()
     for name, share in report.frequencies.items():
         table.add_row(name, f"{100 * share:.3f}%")
@@ -143,7 +135,7 @@ def data_table(report: DataReport, title: str) -> Table:
 
 
 def _first(items: list[Any]) -> str:
-    return f"{len(items)}, the first: {items[0]}" if items else "0"
+    return f"{len(items)}, the first: {one_line(str(items[0]))}" if items else "0"
 
 
 def versions() -> dict[str, str]:
@@ -153,7 +145,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line(form: type[T], arguments: Sequence[str] | None, **kwargs: Any) -> T:
-    """`tyro.cli`, which says itself what is wrong with an option, and exits with code 2."""
+    """`tyro.cli`, which explains a wrong option itself and exits with code 2."""
     return tyro.cli(form, args=arguments, **kwargs)
 
 
@@ -168,13 +160,14 @@ def sentence(error: Exception) -> str:
 
 
 def exit_code(script: Callable[[], object], *, stopped: str = STOPPED) -> int:
-    """Run a script; what its user can repair, or did with Ctrl-C, becomes a sentence on stderr."""
+    """Run a script; an error that its user can repair becomes a sentence on stderr, and so does
+    Ctrl-C."""
     try:
         with _failed_writes_told_once():
             script()
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # Of torch's watch over loader processes, wherever in the script it strikes, or of a batch
-        # that never came.
+        # A loader process was killed: torch's watch over them may raise anywhere in the script, or
+        # a batch never arrives.
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         _end_watch()
@@ -183,7 +176,7 @@ def exit_code(script: Callable[[], object], *, stopped: str = STOPPED) -> int:
     except (UserError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
-    except SystemExit as stop:  # of `command_line`, after --help or a wrong option
+    except SystemExit as stop:  # from `command_line`, after --help or a wrong option
         return int(stop.code or 0)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
@@ -192,14 +185,14 @@ def exit_code(script: Callable[[], object], *, stopped: str = STOPPED) -> int:
 
 
 def _end_watch() -> None:
-    """Let torch's watch strike no second time, in a destructor that waits for the processes."""
+    """Keep torch's watch from raising again, in a destructor that waits for the processes."""
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def _failed_writes_told_once() -> Iterator[None]:
-    """Print no traceback for TensorBoard's thread, which hands its errors on to the main one."""
+    """Print no traceback in TensorBoard's thread, which passes its errors to the main thread."""
 
     def tell(failure: threading.ExceptHookArgs) -> None:
         if not issubclass(failure.exc_type, OSError):
@@ -215,30 +208,30 @@ def _failed_writes_told_once() -> Iterator[None]:
 def end_on_signals(stopped: str = STOPPED) -> None:
     """Let Ctrl-C and SIGTERM end this program in a sentence, with the exit code of shells.
 
-    At once, as a kill would: an exception raised at any moment may be lost, or taken for another,
-    where a library is in the midst of a callback, a destructor or a fork.
+    The program ends at once, as after a kill: an exception that is raised at any moment may be lost
+    or misread where a library is in the middle of a callback, a destructor or a fork.
     """
     program, signals = os.getpid(), (signal.SIGINT, signal.SIGTERM)
 
     def end(number: int, _: object) -> None:
-        if os.getpid() != program:  # a loader process, which hears a terminal's Ctrl-C, too
+        if os.getpid() != program:  # a loader process; a terminal sends it Ctrl-C, too
             return
         for each in signals:
             signal.signal(each, signal.SIG_IGN)
         os.write(2, f"{stopped}\n".encode())
         if os.isatty(1):
-            os.write(1, b"\x1b[?25h")  # the cursor, which a progress bar hides
+            os.write(1, b"\x1b[?25h")  # show the cursor again, which a progress bar hides
         for child in multiprocessing.active_children():
             child.terminate()
         os._exit(128 + number)
 
     for number in signals:
-        # Whoever started this program may have it ignore them, as nohup does.
+        # nohup and the like start a program with signals ignored: leave them so.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, end)
 
 
 def losses(values: Mapping[str, float]) -> str:
-    """The final head's losses that take part, short enough for a progress bar."""
+    """The losses of the final head that are not zero, short enough for a progress bar."""
     shown = {name: values[name] for name in ("source", "target") if values[name]}
     return " ".join(f"{name} {value:.3g}" for name, value in shown.items())

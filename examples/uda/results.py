@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: metrics.json, panel.png and the closing table."""
+"""The results of a finished run: metrics.json, panel.png and the closing table."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def write_results(
     s: Settings,
     console: Console,
 ) -> None:
-    """Report the last step of every stage, given the states that `train` returned.
+    """Report the last step of every stage, given their last states.
 
     Args:
         source_only: the source model.
-        statistics: with BatchNorm statistics of the target; None: not measured.
-        adapted: by method; "source" is the control, trained on without a target loss.
+        statistics: the same with BatchNorm statistics of the target; None: not measured.
+        adapted: the adapted model by method; "source" is the control, without a target loss.
         validation: images of the target.
-        s: what was asked for.
-        console: where the table goes.
+        s: the settings of the run.
+        console: prints the table.
     """
     names = validation.space.names
-    # Of several methods, the one shown in full is the preset's own.
+    # Of several methods, the preset's own is shown in full.
     shown = s.method if s.method in adapted else PRESETS[s.preset].settings.method
     before = {SOURCE_ONLY: Scores(source_only["confusion"], names)}
     if statistics is not None:
@@ -76,7 +76,7 @@ def write_results(
     columns = {titles.get(method, method): scores for method, scores in after.items()}
     console.print(scores_table(before | columns, title))
     if s.evaluate_every < s.steps:  # else the last evaluation is the only one
-        console.print("Best evaluations, chosen on target labels that a user does not have:")
+        console.print("Best evaluations, chosen on target labels, which a user does not have:")
         for method, state in adapted.items():
             best = state["best"]
             console.print(f"  {method}: mIoU {best['miou']:.1f} at {best['step']}")
@@ -98,7 +98,8 @@ def write_panel(
     for index in torch.linspace(0, len(validation) - 1, PANEL_ROWS).long().unique().tolist():
         image, labels, _ = validation[index]
         before, after = (
-            predict(network, image[None], s.target_size)[0].argmax(dim=0) for network in networks
+            predict(network, image[None], s.target_size, align_corners=s.corners)[0].argmax(dim=0)
+            for network in networks
         )
-        rows.append((to_rgb(image), labels, before, after))
+        rows.append((to_rgb(image, s.normalize), labels, before, after))
     plots.panel(rows, s.out / "panel.png", space=validation.space)

@@ -15,6 +15,15 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#ifdef _WIN32
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C"
+#endif
 
 // Shared with cpu.py -------------------------------------------------------------------------------
 
@@ -22,51 +31,55 @@ enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, UINT8, INT8, INT16, INT32, INT
 // As in potentials.py.
 enum Kind { SQUARE, SHANNON, POWER, NEAR_ONE, CROSS_ENTROPY, LINEAR };
 
-// Pixel k of an axis lies at source position (k * scale + offset) / denominator.
-struct Axis {
-    int64_t scale, offset, denominator, source, size;
-};
-
-// A tensor (N, C, *spatial). Strides in elements: of images, channels, three spatial dimensions.
-struct TensorView {
+// A tensor (N, C, *spatial). Strides in elements; what is beyond the last dimension is 0.
+struct Tensor {
     void *data;
-    int64_t stride[5];
-    Axis rows, columns;  // if it is upsampled
+    int64_t shape[5], stride[5];
 };
 
 // What to compute. Pointers are NULL where there is no such tensor.
-struct Task {
-    TensorView z, guide, grad;  // an upsampled gradient is contiguous
-    const void *labels;         // of any integer dtype
+struct Call {
+    Tensor z, guide, grad;  // an upsampled gradient is contiguous
+    const void *labels;     // of any integer dtype
     const uint8_t *valid;
     void *y;              // written by classify, read by weighted_sum
     const void *weights;  // (N, C) or (N, 1)
     void *result;         // weighted_sum: (N,); class_sums: (N, C); classify: (N, C + 1) counts
-    int64_t images, classes, channels, length, shape[3];
+    int64_t height, width;       // to which logits are upsampled; 0: they are not
     int64_t chunks, chunk_size;  // of an image; pixels, or rows of cells, of a chunk
     int64_t ignore_index;
     double q, shift, constant, threshold;
-    int32_t dtype, label_dtype, wide_index, kind, upsampled, flat, by_class, has_threshold;
+    int32_t dimensions, align_corners, binary, dtype, label_dtype, wide_index, kind, by_class, has_threshold;
 };
-extern "C" const int64_t task_bytes = sizeof(Task);
+EXPORT const int64_t call_bytes = sizeof(Call);
 
 // What the threads share: zeros at first. The partial results of all chunks follow it in memory.
 struct Progress {
     int64_t next, completed;  // chunks
     int64_t has_clamped;      // whether any logit is below the lowest one
 };
-extern "C" const int64_t progress_bytes = sizeof(Progress);
+EXPORT const int64_t progress_bytes = sizeof(Progress);
 
 // Vectors ------------------------------------------------------------------------------------------
 
 #define INLINE static inline __attribute__((always_inline))
 #define OUTLINE __attribute__((noinline))
 
+// A vector fills a register. Of longer ones GCC compares and selects every lane by itself, which
+// takes most of the time.
+#if defined __AVX512F__
+#define VECTOR_BYTES 64
+#elif defined __AVX2__
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
 #ifdef DOUBLE
 typedef double real;
 typedef int64_t integer;
 typedef uint64_t word;
-static const int LANES = 8, MANTISSA = 52, BIAS = 1023, LOG_TERMS = 11, EXPM1_TERMS = 16;
+static const int MANTISSA = 52, BIAS = 1023, LOG_TERMS = 11, EXPM1_TERMS = 16;
 static const word ROOT_HALF = 0x3fe6a09e667f3bcd;
 static const real ROUND = 6755399441055744 + BIAS, TINY = 2.2250738585072014e-308;
 static const real LOG_TINY = -708.3964185322641;
@@ -76,15 +89,18 @@ static const real LOG_2 = 0.6931471805592082, LOG_2_REST = 7.371002565167799e-13
 typedef float real;
 typedef int32_t integer;
 typedef uint32_t word;
-static const int LANES = 16, MANTISSA = 23, BIAS = 127, LOG_TERMS = 5, EXPM1_TERMS = 9;
+static const int MANTISSA = 23, BIAS = 127, LOG_TERMS = 5, EXPM1_TERMS = 9;
 static const word ROOT_HALF = 0x3f3504f3;
 static const real ROUND = 12582912 + BIAS, TINY = 1.17549435e-38f, LOG_TINY = -87.336545f;
 static const real LOG_2 = 0.693359375f, LOG_2_REST = -0.00021219444f;
 #endif
 
-typedef real Reals __attribute__((vector_size(64)));
-typedef integer Integers __attribute__((vector_size(64)));
-typedef word Words __attribute__((vector_size(64)));  // whose overflow is defined
+typedef real Reals __attribute__((vector_size(VECTOR_BYTES)));
+typedef integer Integers __attribute__((vector_size(VECTOR_BYTES)));
+typedef word Words __attribute__((vector_size(VECTOR_BYTES)));  // whose overflow is defined
+static const int LANES = VECTOR_BYTES / sizeof(real);
+// Every processor adds up a tile in so many places, so that all get the same sums.
+static const int GROUP = 64 / sizeof(real);
 
 INLINE Reals load(const real *from) {
     Reals x;
@@ -97,6 +113,7 @@ INLINE Integers load(const integer *from) {
     return x;
 }
 INLINE void store(real *to, Reals x) { memcpy(to, &x, sizeof x); }
+INLINE void store(integer *to, Integers x) { memcpy(to, &x, sizeof x); }
 INLINE Reals splat(real x) { return Reals{} + x; }
 INLINE Reals at_least(Reals x, real least) { return x < least ? splat(least) : x; }
 
@@ -198,17 +215,79 @@ template <class Visit> INLINE void with_type(int dtype, void *data, Visit visit)
     visit((real *)data);
 }
 
-static int64_t integer_at(int dtype, const void *data, int64_t k) {
+// Likewise, for integers.
+template <class Visit> INLINE void with_integers(int dtype, const void *data, Visit visit) {
     switch (dtype) {
-        case UINT8: return ((const uint8_t *)data)[k];
-        case INT8: return ((const int8_t *)data)[k];
-        case INT16: return ((const int16_t *)data)[k];
-        case INT32: return ((const int32_t *)data)[k];
-        default: return ((const int64_t *)data)[k];
+        case UINT8: return visit((const uint8_t *)data);
+        case INT8: return visit((const int8_t *)data);
+        case INT16: return visit((const int16_t *)data);
+        case INT32: return visit((const int32_t *)data);
+        default: return visit((const int64_t *)data);
     }
 }
 
-// Chunks -------------------------------------------------------------------------------------------
+// Tasks --------------------------------------------------------------------------------------------
+
+// Pixel k of an axis lies at source position (k * scale + offset) / denominator. These are the
+// positions of F.interpolate as exact fractions: in float32 one far from the origin would lose most
+// of its digits.
+struct Axis {
+    int64_t scale, offset, denominator, source, size;
+};
+
+static Axis make_axis(int64_t source, int64_t size, bool align_corners) {
+    if (!align_corners) return {2 * source, source - size, 2 * size, source, size};
+    return {source > 1 ? source - 1 : 1, 0, size > 1 ? size - 1 : 1, source, size};
+}
+
+// A tensor with three spatial dimensions; those that it has not come first.
+struct View {
+    void *data;
+    int64_t shape[3], stride[5];
+    Axis rows, columns;  // if it is upsampled
+
+    View(const Call &call, const Tensor &tensor) : data(tensor.data), shape{1, 1, 1}, stride{} {
+        stride[0] = tensor.stride[0], stride[1] = tensor.stride[1];
+        for (int d = 2; d < call.dimensions; d++) {
+            shape[d + 3 - call.dimensions] = tensor.shape[d];
+            stride[d + 5 - call.dimensions] = tensor.stride[d];
+        }
+        rows = make_axis(shape[1], call.height, call.align_corners);
+        columns = make_axis(shape[2], call.width, call.align_corners);
+    }
+
+    // Whether one stride leads through all spatial dimensions; it becomes that of the last one.
+    bool make_flat() {
+        int64_t step = -1, expected = -1;
+        for (int d = 2; d >= 0; d--) {
+            if (shape[d] == 1) continue;
+            if (step < 0) step = expected = stride[2 + d];
+            if (stride[2 + d] != expected) return false;
+            expected *= shape[d];
+        }
+        stride[4] = step;
+        return true;
+    }
+};
+
+// A call, and what follows from it.
+struct Task : Call {
+    const int64_t images, channels, classes;
+    const bool upsampled;
+    View z, guide, grad;
+    int64_t length, shape[3];
+    bool flat;
+
+    explicit Task(const Call &call)
+        : Call(call), images(call.z.shape[0]), channels(call.z.shape[1]), classes(binary ? 2 : channels),
+          upsampled(height), z(call, call.z), guide(call, call.guide), grad(call, call.grad) {
+        memcpy(shape, z.shape, sizeof shape);
+        if (upsampled) shape[1] = height, shape[2] = width;
+        length = shape[0] * shape[1] * shape[2];
+        flat = !upsampled && z.make_flat() && (!guide.data || guide.make_flat()) &&
+               (!grad.data || grad.make_flat());
+    }
+};
 
 // Pixels of a chunk of pixels.
 static int64_t begin_of(const Task &task, int64_t chunk) { return chunk * task.chunk_size; }
@@ -244,9 +323,19 @@ struct Scratch {
     }
 };
 
+// Asks the system for large pages. Memory that was never used costs a fault for each page, which for
+// 4 KiB of a full-resolution gradient takes longer than to compute it.
+static void use_large_pages(void *data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 21;
+    uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + bytes) & ~(page - 1);
+    if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Calls visit(x[c * tile + k], element) for the pixels of a tile, in the order of their memory.
 template <class T, class Visit>
-INLINE void visit_tile(const Task &task, const TensorView &view, T *data, int64_t n, int64_t pixel,
+INLINE void visit_tile(const Task &task, const View &view, T *data, int64_t n, int64_t pixel,
                        int count, int tile, real *x, Visit visit) {
     const int64_t *shape = task.shape, *stride = view.stride;
     data += n * stride[0];
@@ -264,7 +353,7 @@ INLINE void visit_tile(const Task &task, const TensorView &view, T *data, int64_
     }
 }
 
-OUTLINE static void read_pixels(const Task &task, const TensorView &view, int64_t n, int64_t pixel, int count,
+OUTLINE static void read_pixels(const Task &task, const View &view, int64_t n, int64_t pixel, int count,
                         int tile, real *x) {
     with_type(task.dtype, view.data, [&](auto *data) {
         visit_tile(task, view, data, n, pixel, count, tile, x, [](real &x, auto &z) { x = z; });
@@ -311,7 +400,7 @@ static int64_t first_pixel(const Axis &axis, int64_t i) {
 struct Reader {
     const Task &task;
     Progress &progress;
-    const TensorView &view;
+    const View &view;
     const int tile;
     int64_t image = -1, tile_column = -1, source_row = -1;  // of `top`
     int32_t *index;      // source index of all columns of the result
@@ -319,13 +408,13 @@ struct Reader {
     real *source;        // a source row
     real *top, *bottom;  // (channels, tile): the source rows around, interpolated along the row
 
-    static int64_t bytes(const Task &task, const TensorView &view, int tile) {
+    static int64_t bytes(const Task &task, const View &view, int tile) {
         if (!task.upsampled) return 0;
         int64_t reals = view.columns.size + view.columns.source + 1 + 2 * task.channels * tile;
         return 5 * 64 + view.columns.size * sizeof(int32_t) + reals * sizeof(real);
     }
 
-    Reader(const Task &task, Progress &progress, const TensorView &view, int tile, Scratch &scratch)
+    Reader(const Task &task, Progress &progress, const View &view, int tile, Scratch &scratch)
         : task(task), progress(progress), view(view), tile(tile) {
         if (!scratch.memory || !task.upsampled) return;
         index = scratch.take<int32_t>(view.columns.size);
@@ -407,7 +496,7 @@ struct Reader {
 // Calls visit(row, column, count, pixel) for the tiles of a chunk; see Reader::read.
 template <class Visit> INLINE void for_tiles(const Task &task, int64_t chunk, int tile, Visit visit) {
     const Axis &rows = task.z.rows, &columns = task.z.columns;
-    const bool is_up = task.upsampled;
+    const bool is_up = task.upsampled && !task.labels;  // which have the resolution of the result
     const int64_t first = is_up ? first_pixel(rows, chunk * task.chunk_size) : 0;
     const int64_t last = is_up ? first_pixel(rows, (chunk + 1) * task.chunk_size) : 1;
     const int64_t end = is_up ? columns.size : end_of(task, chunk);
@@ -482,7 +571,7 @@ INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, R
 
 static int tile_of(const Task &task) {
     // The up to six arrays of a tile stay in the first cache, or not far beyond.
-    return task.classes <= 8 ? 16 * LANES : task.classes <= 40 ? 4 * LANES : task.classes <= 80 ? 2 * LANES : LANES;
+    return GROUP * (task.classes <= 8 ? 16 : task.classes <= 40 ? 4 : task.classes <= 80 ? 2 : 1);
 }
 
 // Weights and classes of a tile's pixels.
@@ -629,12 +718,14 @@ template <int KIND, bool NEEDS_GRAD> struct WeightedSum {
         const real *G = (const real *)task.weights + n * task.classes;
         if (task.classes > task.channels) memset(x + tile, 0, tile * sizeof(real));
         weights.read(n, pixel, count, x);
-        Reals sum = Reals{};
-        for (int k = 0; k < count; k += LANES)
-            sum += weighted_potentials<KIND, NEEDS_GRAD>(task, x + k, e + k, tile, load(weights.w + k),
-                                                         load(weights.y + k), G);
+        Reals sums[GROUP / LANES] = {};
+        for (int begin = 0; begin < count; begin += GROUP)
+            for (int i = 0, k = begin; i < GROUP / LANES; i++, k += LANES)
+                sums[i] += weighted_potentials<KIND, NEEDS_GRAD>(
+                    task, x + k, e + k, tile, load(weights.w + k), load(weights.y + k), G);
         double total = 0;
-        for (int lane = 0; lane < LANES; lane++) total += (double)sum[lane];
+        for (Reals sum : sums)
+            for (int lane = 0; lane < LANES; lane++) total += (double)sum[lane];
         return total;
     }
 
@@ -787,70 +878,84 @@ struct Classify {
     const Task &task;
     Progress &progress;
     const int tile;
+    const int64_t bins;
     int64_t *const partial_counts;
     Scratch scratch;
     Reader z, guide;
     real *x, *g;
+    integer *y;
+    int64_t *counts;  // of a chunk: (TABLES, 1 + bins), the first bin for -1
+
+    // Neighbouring pixels count in other tables, so that no count waits for the one before.
+    static const int TABLES = 4;
 
     Classify(const Task &task, Progress &progress)
-        : task(task), progress(progress), tile(tile_of(task)), partial_counts((int64_t *)(&progress + 1)),
-          scratch(2 * 64 + 2 * task.classes * tile * (int64_t)sizeof(real) +
+        : task(task), progress(progress), tile(tile_of(task)), bins(task.classes + 1),
+          partial_counts((int64_t *)(&progress + 1)),
+          scratch(4 * 64 + (2 * task.classes + 1) * tile * (int64_t)sizeof(real) +
+                  TABLES * (1 + bins) * (int64_t)sizeof(int64_t) +
                   Reader::bytes(task, task.z, tile) + Reader::bytes(task, task.guide, tile)),
           z(task, progress, task.z, tile, scratch), guide(task, progress, task.guide, tile, scratch) {
         if (!scratch.memory) return;
         x = scratch.take<real>(task.classes * tile);
         g = scratch.take<real>(task.classes * tile);
+        y = scratch.take<integer>(tile);
+        counts = scratch.take<int64_t>(TABLES * (1 + bins));
     }
 
     bool run() {
         if (!scratch.memory) return false;
-        if (for_chunks(task, progress, [&](int64_t n, int64_t chunk) {
-                task.labels ? labels(n, chunk) : tiles(n, chunk);
-            }))
-            finish();
+        if (for_chunks(task, progress, [&](int64_t n, int64_t chunk) { tiles(n, chunk); })) finish();
         return true;
     }
 
-    void labels(int64_t n, int64_t chunk) {
-        for (int64_t pixel = begin_of(task, chunk); pixel < end_of(task, chunk); pixel++) {
-            int64_t label = integer_at(task.label_dtype, task.labels, n * task.length + pixel);
-            if (label == task.ignore_index || label == -1)
-                label = -1;
-            else if (label < 0 || label > task.classes)
-                label = task.classes;
-            write(n, chunk, pixel, label);
-        }
+    void tiles(int64_t n, int64_t chunk) {
+        memset(counts, 0, TABLES * (1 + bins) * sizeof(int64_t));
+        for_tiles(task, chunk, tile, [&](int64_t row, int64_t column, int count, int64_t pixel) {
+            if (task.labels)
+                read_labels(n * task.length + pixel, count);
+            else
+                predict_tile(n, row, column, count);
+            write(n * task.length + pixel, count);
+        });
+        int64_t *partial = partial_counts + (n * task.chunks + chunk) * bins;
+        for (int table = 0; table < TABLES; table++)
+            for (int64_t bin = 0; bin < bins; bin++) partial[bin] += counts[table * (1 + bins) + 1 + bin];
     }
 
-    void tiles(int64_t n, int64_t chunk) {
-        for_tiles(task, chunk, tile, [&](int64_t row, int64_t column, int count, int64_t pixel) {
-            z.read(n, row, column, count, x);
-            if (task.guide.data) guide.read(n, row, column, count, g);
-            if (task.classes > task.channels) {
-                memset(x + tile, 0, tile * sizeof(real));
-                memset(g + tile, 0, tile * sizeof(real));
-            }
-            for (int k = 0; k < count; k += LANES) {
-                Integers y = predict(task, x + k, g + k, tile);
-                for (int lane = 0; lane < LANES && k + lane < count; lane++)
-                    write(n, chunk, pixel + k + lane, y[lane]);
+    OUTLINE void read_labels(int64_t at, int count) {
+        with_integers(task.label_dtype, task.labels, [&](auto *labels) {
+            for (int k = 0; k < count; k++) {
+                int64_t label = labels[at + k];
+                bool is_known = label >= 0 && label < task.classes;
+                bool is_ignored = label == -1 || label == task.ignore_index;
+                y[k] = (integer)(is_ignored ? -1 : is_known ? label : task.classes);
             }
         });
     }
 
-    // Writes the class of a pixel, and counts it.
-    void write(int64_t n, int64_t chunk, int64_t pixel, int64_t y) {
-        int64_t at = n * task.length + pixel;
-        if (task.valid && !task.valid[at]) y = -1;
-        if (y >= 0) partial_counts[(n * task.chunks + chunk) * (task.classes + 1) + y]++;
+    void predict_tile(int64_t n, int64_t row, int64_t column, int count) {
+        z.read(n, row, column, count, x);
+        if (task.guide.data) guide.read(n, row, column, count, g);
+        if (task.classes > task.channels) {
+            memset(x + tile, 0, tile * sizeof(real));
+            memset(g + tile, 0, tile * sizeof(real));
+        }
+        for (int k = 0; k < count; k += LANES) store(y + k, predict(task, x + k, g + k, tile));
+    }
+
+    // Writes and counts the classes of pixels.
+    OUTLINE void write(int64_t at, int count) {
+        if (task.valid)
+            for (int k = 0; k < count; k++) y[k] = task.valid[at + k] ? y[k] : -1;
         if (task.wide_index)
-            ((int32_t *)task.y)[at] = (int32_t)y;
+            for (int k = 0; k < count; k++) ((int32_t *)task.y)[at + k] = (int32_t)y[k];
         else
-            ((int8_t *)task.y)[at] = (int8_t)y;
+            for (int k = 0; k < count; k++) ((int8_t *)task.y)[at + k] = (int8_t)y[k];
+        for (int k = 0; k < count; k++) counts[k % TABLES * (1 + bins) + 1 + y[k]]++;
     }
 
     void finish() {
-        const int64_t bins = task.classes + 1;
         for (int64_t n = 0; n < task.images; n++)
             for (int64_t bin = 0; bin < bins; bin++) {
                 int64_t count = 0;
@@ -863,29 +968,39 @@ struct Classify {
 
 // Entry --------------------------------------------------------------------------------------------
 
-// Every thread calls an operator with the same task and progress. It returns 0 where there is no
-// memory for the scratch.
+// Every thread makes the same call with the same progress. It returns 0 where there is no memory for
+// the scratch.
 
 template <int KIND> static bool run_weighted_sum(const Task &task, Progress &progress) {
     return task.grad.data ? WeightedSum<KIND, true>(task, progress).run()
                           : WeightedSum<KIND, false>(task, progress).run();
 }
 
-extern "C" int weighted_sum(const Task *task, Progress *progress) {
-    switch (task->kind) {
-        case SQUARE: return run_weighted_sum<SQUARE>(*task, *progress);
-        case SHANNON: return run_weighted_sum<SHANNON>(*task, *progress);
-        case POWER: return run_weighted_sum<POWER>(*task, *progress);
-        case NEAR_ONE: return run_weighted_sum<NEAR_ONE>(*task, *progress);
-        case CROSS_ENTROPY: return run_weighted_sum<CROSS_ENTROPY>(*task, *progress);
-        default: return run_weighted_sum<LINEAR>(*task, *progress);
+EXPORT int weighted_sum(const Call *call, Progress *progress) {
+    const Task task(*call);
+    with_type(task.dtype, task.grad.data, [&](auto *grad) {
+        use_large_pages(grad, task.upsampled ? 0 : task.images * task.channels * task.length * sizeof *grad);
+    });
+    switch (task.kind) {
+        case SQUARE: return run_weighted_sum<SQUARE>(task, *progress);
+        case SHANNON: return run_weighted_sum<SHANNON>(task, *progress);
+        case POWER: return run_weighted_sum<POWER>(task, *progress);
+        case NEAR_ONE: return run_weighted_sum<NEAR_ONE>(task, *progress);
+        case CROSS_ENTROPY: return run_weighted_sum<CROSS_ENTROPY>(task, *progress);
+        default: return run_weighted_sum<LINEAR>(task, *progress);
     }
 }
-extern "C" int class_sums(const Task *task, Progress *progress) { return ClassSums(*task, *progress).run(); }
-extern "C" int classify(const Task *task, Progress *progress) { return Classify(*task, *progress).run(); }
+EXPORT int class_sums(const Call *call, Progress *progress) {
+    return ClassSums(Task(*call), *progress).run();
+}
+EXPORT int classify(const Call *call, Progress *progress) {
+    const Task task(*call);
+    use_large_pages(task.y, task.images * task.length * (task.wide_index ? 4 : 1));
+    return Classify(task, *progress).run();
+}
 
 // out = grad[n] * factors[n], in the dtype of the logits.
-extern "C" void scale_grad(int dtype, int64_t images, int64_t size, real *grad, real *factors, void *out) {
+EXPORT void scale_grad(int dtype, int64_t images, int64_t size, real *grad, real *factors, void *out) {
     with_type(dtype, out, [&](auto *to) {
         for (int64_t n = 0; n < images; n++)
             for (int64_t k = n * size; k < (n + 1) * size; k++) assign(to[k], grad[k] * factors[n]);

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maxsquare.engine.layout import axis, flat_stride, strides
 from maxsquare.engine.libraries import library
 from maxsquare.engine.plain import LogitsSpec, accumulation_dtype, index_dtype
 from maxsquare.potentials import Potential, Tsallis
@@ -38,10 +37,10 @@ DTYPES = {
         )
     )
 }
-# As `Task` in cpu.cpp: three views of tensors, pointers, integers, numbers, options.
-TASK = struct.Struct("@" + 3 * "P5q5q5q" + "5P" + "10q" + "4d" + "8i")
-NO_TENSOR = (0,) * 16
-NO_AXES = (0,) * 10
+# As `Call` in cpu.cpp: three tensors, five pointers, integers, numbers, options.
+CALL = struct.Struct("@" + 3 * "P5q5q" + "5P" + "5q" + "4d" + "9i" + "0q")
+NO_TENSOR = (0,) * 11
+PADDING = ((0,) * 3, (0,) * 2, (0,), ())  # by the number of spatial dimensions
 
 
 class Progress(ctypes.Structure):
@@ -101,7 +100,7 @@ def weighted_sum(
         grad=grad,
         valid=valid,
         y=None if y is None else y.contiguous(),
-        weights=weights.to(dtype).contiguous(),
+        weights=dense(weights, dtype),
         potential=potential,
     )
     return sums, grad
@@ -117,12 +116,12 @@ def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
 
 def scale_grad(grad: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """Every image's gradient times its factor, in a dtype."""
-    grad, factors = grad.contiguous(), factors.to(grad.dtype).contiguous()
+    grad, factors = grad.contiguous(), dense(factors, grad.dtype)
     result = torch.empty_like(grad, dtype=dtype)
-    kernels(grad.dtype).scale_grad(
+    kernel("scale_grad", grad.dtype)(
         DTYPES[dtype],
-        grad.shape[0],
-        grad.stride(0),
+        len(grad),
+        grad[:1].numel(),
         grad.data_ptr(),
         factors.data_ptr(),
         result.data_ptr(),
@@ -152,86 +151,80 @@ def run(
     partial_bytes: of the partial result of each chunk.
     """
     images, channels, *spatial = z.shape
-    classes = spec.classes(z)
-    shape = spec.size or spatial
-    length = math.prod(shape)
+    height, width = spec.size or (0, 0)
+    length = height * width if height else math.prod(spatial)
     # Labels have the resolution of the result.
-    if spec.size is None or labels is not None:
+    if not height or labels is not None:
         chunk_size = CHUNK_PIXELS
         chunks = -(-length // chunk_size)
     else:
         chunk_size = max(-(-spatial[0] // CHUNKS_OF_CELLS), 1)
         chunks = -(-spatial[0] // chunk_size)
-    flat = spec.size is None and all(
-        flat_stride(tensor) is not None for tensor in (z, guide, grad) if tensor is not None
-    )
     valid = None if valid is None else valid.contiguous()
     q = shift = offset = 0.0
     if isinstance(potential, Tsallis):
         q, shift, offset = potential.q, potential.shift(), potential.offset
-    task = TASK.pack(
-        *view(z, flat, spec),
-        *(NO_TENSOR if guide is None else view(guide, flat, spec)),
-        *(NO_TENSOR if grad is None else view(grad, flat, spec)),
+    call = CALL.pack(
+        *pack(z),
+        *(NO_TENSOR if guide is None else pack(guide)),
+        *(NO_TENSOR if grad is None else pack(grad)),
         *(pointer(labels), pointer(valid), pointer(y), pointer(weights), result.data_ptr()),
-        *(images, classes, channels, length, *(1,) * (3 - len(shape)), *shape),
-        *(chunks, chunk_size, ignore_index),
+        *(height, width, chunks, chunk_size, ignore_index),
         *(q, shift, shift + offset, threshold or 0.0),
+        2 + len(spatial),
+        spec.align_corners,
+        spec.binary,
         DTYPES[z.dtype],
         0 if labels is None else DTYPES[labels.dtype],
         y is not None and y.dtype != torch.int8,
         0 if potential is None else potential.kind(),
-        spec.size is not None,
-        flat,
         weights is not None and weights.shape[1] > 1,
         threshold is not None,
     )
     total = images * chunks
     partials = bytearray(ctypes.sizeof(Progress) + total * partial_bytes)
-    arguments = (task, ctypes.byref(Progress.from_buffer(partials)))
-    kernel = getattr(kernels(z.dtype), operator)
-    threads = min(total, images * length * classes // LOGITS_PER_THREAD)
+    arguments = (call, ctypes.byref(Progress.from_buffer(partials)))
+    function = kernel(operator, z.dtype)
+    threads = min(total, images * channels * length // LOGITS_PER_THREAD)
     futures = []
     if threads > 1:
         # A thread may outlive an interrupt of its caller: the tensors must live as long.
         tensors = (z, result, guide, grad, labels, valid, y, weights)
         threads = min(threads, torch.get_num_threads())
-        futures = HELPERS.call(kernel, arguments, tensors, threads - 1)
-    done = [kernel(*arguments)]
+        futures = HELPERS.call(function, arguments, tensors, threads - 1)
+    done = [function(*arguments)]
     # A thread that has not begun is not needed any more.
     done += [future.result() for future in futures if not future.cancel()]
     if not all(done):
         raise MemoryError("no memory for the scratch of maxsquare's kernels")
 
 
-def view(tensor: Tensor, flat: bool, spec: LogitsSpec) -> tuple[int, ...]:
-    """As `TensorView` in cpu.cpp."""
-    axes = NO_AXES
-    if spec.size is not None:
-        (height, width), (rows, columns) = spec.size, tensor.shape[2:]
-        axes = (*axis(rows, height, spec.align_corners), *axis(columns, width, spec.align_corners))
-    return tensor.data_ptr(), *strides(tensor, flat), *axes
+def pack(tensor: Tensor) -> tuple[int, ...]:
+    """As `Tensor` in cpu.cpp."""
+    shape = tensor.shape
+    padding = PADDING[len(shape) - 2]
+    return tensor.data_ptr(), *shape, *padding, *tensor.stride(), *padding
+
+
+def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers, one after the other, in a dtype; `to` takes its time even for nothing."""
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
 def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def kernels(dtype: torch.dtype) -> ctypes.CDLL:
-    """The kernels for logits of a dtype, which there are."""
-    found = library(accumulation_dtype(dtype))
-    assert found is not None
-    return checked(found)
-
-
 @functools.cache
-def checked(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The same, if C++ and Python agree on what they exchange."""
-    for name, size in (("task_bytes", TASK.size), ("progress_bytes", ctypes.sizeof(Progress))):
-        assert ctypes.c_int64.in_dll(library, name).value == size, name
+def kernel(name: str, dtype: torch.dtype) -> Any:
+    """A function of the library for logits of a dtype, which there must be."""
+    kernels = library(accumulation_dtype(dtype))
+    assert kernels is not None
+    for exported, size in (("call_bytes", CALL.size), ("progress_bytes", ctypes.sizeof(Progress))):
+        assert ctypes.c_int64.in_dll(kernels, exported).value == size, exported
     numbers, pointers = (ctypes.c_int, *[ctypes.c_int64] * 2), [ctypes.c_void_p] * 3
-    library.scale_grad.argtypes = (*numbers, *pointers)
-    return library
+    kernels.scale_grad.argtypes = (*numbers, *pointers)
+    return getattr(kernels, name)
 
 
 class Helpers:
@@ -246,7 +239,7 @@ class Helpers:
         self.threads: list[threading.Thread] = []
 
     def call(
-        self, kernel: Any, arguments: tuple[Any, ...], tensors: Any, count: int
+        self, function: Any, arguments: tuple[Any, ...], tensors: Any, count: int
     ) -> list[Future[int]]:
         """Have so many threads call a kernel, or as many as there are, and keep its tensors."""
         with contextlib.suppress(RuntimeError):  # no more threads can be started
@@ -257,16 +250,16 @@ class Helpers:
                 self.threads.append(thread)
         futures: list[Future[int]] = [Future() for _ in range(min(count, len(self.threads)))]
         for future in futures:
-            self.calls.put((future, kernel, arguments, tensors))
+            self.calls.put((future, function, arguments, tensors))
         return futures
 
     def work(self) -> None:
         """Call, one after the other, what no caller has taken back."""
         while True:
-            future, kernel, arguments, tensors = self.calls.get()
+            future, function, arguments, tensors = self.calls.get()
             if future.set_running_or_notify_cancel():
-                future.set_result(kernel(*arguments))
-            del future, kernel, arguments, tensors  # else they would live until the next call
+                future.set_result(function(*arguments))
+            del future, function, arguments, tensors  # else they would live until the next call
 
 
 HELPERS = Helpers()

@@ -1,7 +1,7 @@
-"""The library of the CPU kernels: `cpu.cpp`, compiled on first use.
+"""The library of the CPU kernels: ready-made in a wheel, or compiled from `cpu.cpp` on first use.
 
-The machine's own compiler makes it for the processor at hand, as Triton and torch.compile make
-their kernels, and the result is kept in the user's cache folder.
+A compiler of this machine makes it for its processor, as Triton and torch.compile make their
+kernels, and the result is kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import warnings
@@ -23,21 +25,30 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-# Not -ffast-math, which would lose NaN and infinities.
+# Not -ffast-math, which would lose NaN and infinities. Without exceptions and type information the
+# library needs nothing of C++'s own library, which the command for C (cc, clang) does not link.
 FLAGS = (
-    *("-x", "c++", "-std=c++17", "-O3", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math", "-w"),
-    "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
+    *("-x", "c++", "-std=c++17", "-O3", "-shared", "-w", "-fno-exceptions", "-fno-rtti"),
+    *("-fno-math-errno", "-fno-trapping-math"),
+    *(() if sys.platform == "win32" else ("-fPIC",)),
 )
-COMPILER_SECONDS = 120
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+NATIVE = "-mcpu=native" if ARM else "-march=native"
+# Zig compiles its own libraries before the first program: minutes on a slow machine.
+COMPILER_SECONDS = 300
+ADVICE = {
+    "darwin": "pip install ziglang, or xcode-select --install",
+    "win32": "pip install ziglang; cl of Visual Studio does not take the options",
+}
+ADVICE_ELSEWHERE = "pip install ziglang, or on Debian and Ubuntu apt-get install g++"
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernels for logits of a dtype; None, after a warning, where they cannot be made."""
+    """The kernels for logits of a dtype; None, after a warning, where there are none."""
     if dtype not in LIBRARIES:
         with COMPILING:
             if dtype not in LIBRARIES:
-                LIBRARIES[dtype] = make_library(dtype)
+                LIBRARIES[dtype] = find_library(dtype)
     return LIBRARIES[dtype]
 
 
@@ -46,85 +57,175 @@ LIBRARIES: dict[torch.dtype, ctypes.CDLL | None] = {}
 COMPILING = threading.RLock()
 
 
-def make_library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """`library`, by the first compiler that makes it."""
+def find_library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """`library`: by a compiler that the user names, else ready-made, else by a usual compiler."""
+    named = named_compilers()
+    found = None if named else ready_made(dtype)
+    try:
+        return found or compiled(dtype)
+    except OSError as error:
+        found = ready_made(dtype) if named else None
+        if not found:
+            warnings.warn(
+                f"maxsquare computes slowly on this CPU, without its kernels: {error}.",
+                stacklevel=3,
+            )
+        return found
+
+
+# Ready-made ---------------------------------------------------------------------------------------
+
+
+def ready_made(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The library that came with the wheel for this processor, if one did."""
+    precision = "double" if dtype == torch.float64 else "single"
+    for level in levels():
+        for path in SOURCE.parent.glob(f"cpu-{level}-{precision}.*"):
+            with contextlib.suppress(OSError):  # on a file system from which nothing is executed
+                return open_library(path)
+    return None
+
+
+def levels() -> tuple[str, ...]:
+    """What a ready-made library may demand of this processor, the most first."""
+    if ARM:
+        return ("arm64",)
+    # PyTorch asks the processor on every system. Those with AVX2 and FMA have all of x86-64-v3,
+    # those with AVX-512 BW, DQ and VL all of x86-64-v4.
+    known = {"AVX512": ("x86-64-v4", "x86-64-v3"), "AVX2": ("x86-64-v3",)}
+    return known.get(torch.backends.cpu.get_cpu_capability(), ())
+
+
+# Compiled -----------------------------------------------------------------------------------------
+
+
+def compiled(dtype: torch.dtype) -> ctypes.CDLL:
+    """The library that a compiler of this machine makes, or made before; OSError: none does."""
+    if not SOURCE.exists():
+        raise FileNotFoundError(
+            f"neither a ready-made library nor their source is at {SOURCE}. "
+            "A frozen application must take both along"
+        )
     flags = (*FLAGS, "-DDOUBLE") if dtype == torch.float64 else FLAGS
+    # What the library computes, and for which processor: any compiler's will do where none works.
+    # Another compiler, or another version, compiles anew, as it may be faster or have lost a bug.
+    content = digest(SOURCE.read_bytes(), repr(flags), processor())
     problem = "there is none"
     for compiler in compilers():
         try:
-            return load(compiler, flags)
+            key = f"{content}-{digest(repr(compiler), identity(compiler))}"
+            return cached(key) or compile_with(compiler, flags, key)
         except subprocess.CalledProcessError as error:
             lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
             reason = next((line for line in lines if "error" in line), lines[-1])
         except subprocess.TimeoutExpired:
             reason = f"takes longer than {COMPILER_SECONDS} seconds"
-        except OSError as error:  # of the loader, it has no other text than a temporary name
-            reason = error.strerror or "what it makes cannot be loaded"
+        except OSError as error:
+            reason = str(error)
         problem = f"{shlex.join(compiler)}: {reason}"
-    warnings.warn(
-        "maxsquare computes slowly on this CPU, as no C++ compiler makes its kernels "
-        f"({problem}). Install one (Debian and Ubuntu: apt-get install g++), or name it in the "
-        "environment variable CXX.",
-        stacklevel=3,
-    )
-    return None
+    found = cached(f"{content}-*")
+    if not found:
+        raise OSError(
+            f"no C++ compiler makes them ({problem}). Install one "
+            f"({ADVICE.get(sys.platform, ADVICE_ELSEWHERE)}), "
+            "or name it in the environment variable CXX"
+        )
+    return found
 
 
 def compilers() -> Iterator[list[str]]:
-    """Commands to try: that of CXX or CC, else those that are usual."""
+    """Commands to try: those of CXX and CC, else those that are usual."""
+    if named := named_compilers():
+        for program, *options in named:
+            # One that is not there is a problem to tell.
+            yield [shutil.which(program) or program, *options]
+        return
+    # On Windows clang needs Visual Studio, and GCC does not align the stack for vectors.
+    for program in () if sys.platform == "win32" else ("cc", "gcc", "clang"):
+        if path := shutil.which(program):
+            yield [path]
+    # `python -m ziglang cc`, by its program, whose version `identity` sees.
+    if (ziglang := importlib.util.find_spec("ziglang")) and ziglang.origin:
+        if path := shutil.which("zig", path=os.path.dirname(ziglang.origin)):
+            yield [path, "cc"]
+
+
+def named_compilers() -> list[list[str]]:
+    """The commands of CXX and CC, taken apart."""
     named = [os.environ[name] for name in ("CXX", "CC") if os.environ.get(name, "").strip()]
-    for command in named or ("cc", "gcc", "clang"):
-        try:
-            program, *options = shlex.split(command)
-        except ValueError:  # a quotation mark without its pair
-            program, *options = command.split()
-        path = shutil.which(program)
-        if path or named:  # one that was named and is not there is a problem to tell
-            yield [path or program, *options]
+    return [[command] if shutil.which(command) else split(command) for command in named]
 
 
-def load(compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The compiled kernels, from the user's cache folder if they are there."""
-    key = digest(SOURCE.read_bytes(), repr((compiler, flags)), identity(compiler), processor())
-    folder = cache_folder()
-    for path in folder.glob(f"cpu-{key}-*.so"):
+def split(command: str) -> list[str]:
+    """A command's words; a backslash of Windows is part of a path."""
+    try:
+        if sys.platform == "win32":
+            return [word.strip('"') for word in shlex.split(command, posix=False)]
+        return shlex.split(command)
+    except ValueError:  # a quotation mark without its pair
+        return command.split()
+
+
+def cached(key: str) -> ctypes.CDLL | None:
+    """A library of the user's cache folder."""
+    for path in cache_folder().glob(f"cpu-{key}-*.so"):
         try:
             # What another user put there may be anything.
             if hasattr(os, "geteuid") and path.stat().st_uid not in (0, os.geteuid()):
                 continue
             # A damaged library would take the process down with it, so its name has its checksum.
             if path.stem.endswith(digest(path.read_bytes())):
-                return ctypes.CDLL(str(path))
+                return open_library(path)
             path.unlink()
         except OSError:  # unreadable, or on a file system from which nothing is executed
             continue
+    return None
+
+
+def compile_with(compiler: list[str], flags: tuple[str, ...], key: str) -> ctypes.CDLL:
+    """The library that a compiler makes, which the user's cache folder keeps."""
     # Not TemporaryDirectory: a process forked meanwhile would remove it at its end.
     scratch = tempfile.mkdtemp()
     try:
         fresh = Path(scratch, "cpu.so")
-        subprocess.run(
-            [*compiler, *flags, str(SOURCE), "-o", str(fresh)],
-            check=True,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=COMPILER_SECONDS,
-            # Control-C is for this process, which may go on after it.
-            start_new_session=True,
-        )
-        kept = keep(fresh, folder, key)
+        command = [*compiler, *flags, NATIVE, str(SOURCE), "-o", str(fresh)]
+        try:
+            call_compiler(command)
+        except subprocess.CalledProcessError as error:
+            # Some compilers know no processor of this name.
+            if "native" not in error.stderr:
+                raise
+            call_compiler([word for word in command if word != NATIVE])
+        kept = keep(fresh, key)
         # Nothing is executed from some folders for temporary files, nor from some home folders.
         with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(kept))
-        return ctypes.CDLL(str(fresh))
+            return open_library(kept)
+        return open_library(fresh)
+    except OSError as error:
+        # The same words for every dtype, so that they are shown once.
+        raise OSError(str(error).replace(scratch + os.sep, "")) from error
     finally:
         # A library in use cannot be removed everywhere.
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def keep(fresh: Path, folder: Path, key: str) -> Path:
+def call_compiler(command: list[str]) -> None:
+    subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=COMPILER_SECONDS,
+        # Control-C is for this process, which may go on after it.
+        start_new_session=True,
+    )
+
+
+def keep(fresh: Path, key: str) -> Path:
     """Where a compiled library is kept; where it is, if the folder does not take it."""
     content = fresh.read_bytes()
+    folder = cache_folder()
     kept = folder / f"cpu-{key}-{digest(content)}.so"
     part = folder / f".{fresh.parent.name}"  # a name that no other process has
     try:
@@ -137,6 +238,14 @@ def keep(fresh: Path, folder: Path, key: str) -> Path:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """The library of a file; OSError: it cannot be loaded, or is another."""
+    kernels = ctypes.CDLL(str(path))
+    if not hasattr(kernels, "weighted_sum"):
+        raise OSError(f"{path}: does not export the kernels")
+    return kernels
 
 
 def cache_folder() -> Path:
@@ -162,7 +271,8 @@ def processor() -> str:
         lines = []
     names = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa")
     known = [line for line in lines if line.startswith(names)]
-    return repr((platform.machine(), platform.processor(), known))
+    # On some systems `platform.processor` calls a command, which is not always on the path.
+    return repr((platform.machine(), known or platform.processor()))
 
 
 def digest(*parts: bytes | str) -> str:

@@ -355,8 +355,11 @@ class _ClassSums(_Function):
     @staticmethod
     def jvp(ctx: Any, z_tangent: Tensor, *_: Any) -> Tensor:
         z, valid = ctx.saved_tensors
-        sums = lambda z: plain.class_sums(z, valid, ctx.spec)  # noqa: E731
-        tangent: Tensor = torch.func.jvp(sums, (z,), (z_tangent,))[1]
+        formula = lambda z: plain.class_sums(z, valid, ctx.spec)  # noqa: E731
+        sums, backward = torch.func.vjp(formula, z)[:2]
+        # The derivative of backward, which is linear: forward mode cannot nest.
+        transposed = torch.func.vjp(lambda grad: backward(grad)[0], torch.zeros_like(sums))[1]
+        tangent: Tensor = transposed(z_tangent)[0]
         return tangent
 
     vmap = staticmethod(_over_joined_images(lambda *arguments: _ClassSums.apply(*arguments)))

@@ -1,11 +1,11 @@
 """Procedural street scenes in two styles, written as small GTA5 and Cityscapes data sets.
 
 One grammar makes every scene: a street in perspective between two rows of lots (buildings, walls,
-fences, parks), with furniture, people and vehicles that hide each other by depth. The labels are
-those of the real data sets, ids that are not counted included. Of every twelve scenes at least one
-features each rare class, so that all 19 occur in a split of a dozen, yet stay rare in pixels.
+fences, parks), with furniture, people and vehicles that occlude each other by depth. The labels are
+those of the real data sets, including the ids that are not counted. At least one of every twelve
+scenes features each rare class, so that a split of a dozen has all 19, yet few pixels of each.
 
-The styles differ as a game and a dashboard camera in Europe differ, for these reasons:
+The styles differ as a game and a dashboard camera in Europe differ:
 
     layout      A game shows wide North American roads, with yellow centre lines, signals on mast
                 arms, towers and bungalows with gaps, palms and hills. The camera sees narrow
@@ -22,9 +22,9 @@ The styles differ as a game and a dashboard camera in Europe differ, for these r
 
 These numbers were set by looking at the pictures and at class frequencies, never by training.
 
-`dataset` writes the files, `scene` draws one picture from the plan in `plan`; what stands there is
-in `vehicles`, `people`, `furniture`, `buildings` and `ground`, painted on a `canvas`; `styles` and
-`camera` hold what tells the two worlds apart.
+`dataset` writes the files, and `scene` draws one picture from the plan in `plan`. The objects are
+in `vehicles`, `people`, `furniture`, `buildings` and `ground` and are painted on a `canvas`;
+`styles` and `camera` define how the two worlds differ.
 """
 
 from uda.scenes.dataset import check, render

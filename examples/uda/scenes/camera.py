@@ -1,4 +1,4 @@
-"""From a clean picture to what a game or a dashboard camera shows."""
+"""Turn a clean picture into the image of a game or of a dashboard camera."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from uda.scenes.styles import EGO_VEHICLE, Style
 
 
 def paint_bonnet(canvas: Canvas, r: random.Random) -> None:
-    """The camera's own car, as the real labels have it: not counted."""
+    """Paint the camera's own car, which is not counted, as in the real labels."""
     width, height = canvas.width, canvas.height
     top = height * 0.905
     pen, label_pen = ImageDraw.Draw(canvas.picture), ImageDraw.Draw(canvas.labels)
@@ -42,7 +42,7 @@ def textured(
 
 
 def as_game(picture: np.ndarray, r: random.Random) -> np.ndarray:
-    """Saturated, contrasty and crisp."""
+    """Make the picture saturated, contrasty and crisp."""
     gray = picture.mean(axis=2, keepdims=True)
     picture = gray + r.uniform(1.15, 1.4) * (picture - gray)
     picture = 128 + r.uniform(1.02, 1.14) * (picture - 128) + r.uniform(-8, 10)
@@ -55,7 +55,7 @@ def as_game(picture: np.ndarray, r: random.Random) -> np.ndarray:
 
 
 def as_camera(picture: np.ndarray, r: random.Random, rng: np.random.Generator) -> np.ndarray:
-    """Exposure, white balance, vignetting, tone curve, optical blur and sensor noise."""
+    """Apply exposure, white balance, vignetting, tone curve, optical blur and sensor noise."""
     height, width = picture.shape[:2]
     balance = np.array((r.uniform(0.92, 1.04), 1.0, r.uniform(0.9, 1.06)), np.float32)
     v, u = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from uda.scenes.styles import SKY, Color, Point, Style, blend, scaled
 
-NEAR = 0.6  # metres; nothing nearer to the eye is drawn
+NEAR = 0.6  # metres; nearer parts are not drawn
 FAR = 400.0
 SUPERSAMPLING = 2
 
@@ -75,7 +75,7 @@ class Canvas:
         return self.ambient + self.diffuse * max(0.0, sun)
 
     def face(self, points: Sequence[Point], color: Color, label: int | None = None) -> None:
-        """Fill a flat polygon; without a label, the one below stays."""
+        """Fill a flat polygon; without a label, the pixels keep theirs."""
         if min(point[2] for point in points) < NEAR:
             points = _in_front(points)
             if not points:
@@ -113,7 +113,7 @@ class Canvas:
             self._label_pen.ellipse((u - a, v - b, u + a, v + b), fill=label)
 
     def disc(self, corners: Sequence[tuple[float, float]], label: int) -> None:
-        """Label a polygon of pixel corners and leave what is seen through it."""
+        """Label a polygon of pixel corners and leave its colours as they are."""
         self._label_pen.polygon(corners, fill=label)
 
     def cast(self, footprint: Sequence[tuple[float, float]], height: float) -> None:
@@ -145,7 +145,7 @@ def _in_front(points: Sequence[Point]) -> list[Point]:
 
 
 class Body:
-    """A thing with a place and a heading: l along it, s to its right, h above the ground."""
+    """An object with a place and a heading: l along it, s to its right, h above the ground."""
 
     def __init__(self, canvas: Canvas, x: float, z: float, yaw: float) -> None:
         self.canvas, self.x, self.z = canvas, x, z
@@ -166,7 +166,7 @@ class Body:
     def panel(
         self, corners: Sequence[Point], out: Point, color: Color, label: int | None = None
     ) -> None:
-        """Fill a polygon of (l, s, h) corners whose outward direction is `out`, if it is seen."""
+        """Fill a polygon of (l, s, h) corners that faces `out`, if it is visible."""
         points = [self.at(*corner) for corner in corners]
         ox, oy, oz = self.at(*out)
         normal = (ox - self.x, oy, oz - self.z)
@@ -180,7 +180,7 @@ class Body:
         color: Color,
         label: int,
     ) -> None:
-        """Paint the seen faces of a side view of (l, h) corners, pulled out to a width."""
+        """Paint the visible faces of a side view of (l, h) corners, extruded to a width."""
         edges = list(zip(profile, [*profile[1:], profile[0]], strict=True))
         for s in (-1, 1):
             self.panel([(c, s * half_width(h), h) for c, h in profile], (0, s, 0), color, label)
@@ -206,14 +206,14 @@ class Body:
                     self.panel(corners, (0, s, 0), color)
 
     def contact(self, length: float, width: float) -> None:
-        """Darken the ground under the thing."""
+        """Darken the ground under the object."""
         shape = ((-1, -1), (-1, 1), (1, 1), (1, -1))
         corners = [self.at(a * length / 2, b * width / 2, 0.0) for a, b in shape]
         self.canvas.face(corners, (30, 30, 32), None)
 
 
 class Place(NamedTuple):
-    """Where a thing stands; yaw 0 heads away from the camera, pi towards it."""
+    """The place of an object; yaw 0 heads away from the camera, pi towards it."""
 
     x: float
     z: float
@@ -221,7 +221,7 @@ class Place(NamedTuple):
 
 
 def pieces(z1: float, z2: float, step: float) -> list[tuple[float, float]]:
-    """Cut a stretch of the street into short ones, the farthest first, from NEAR on."""
+    """Cut a stretch of the street, from NEAR on, into short ones, the farthest first."""
     z1 = max(z1, NEAR)
     if z2 <= z1:
         return []

@@ -19,21 +19,20 @@ from PIL import Image
 
 from uda.datasets import CITYSCAPES_CLASSES, Progress
 from uda.errors import UserError
-from uda.files import read_json
-from uda.outputs import LOCK, lock
+from uda.outputs import LOCK, lock, read_json
 from uda.scenes.scene import FEATURES, scene
 from uda.scenes.styles import CAMERA, GAME
 
-_POOL_FROM = 64  # images; below, starting worker processes costs more than it saves
+_POOL_FROM = 64  # images; for fewer, worker processes cost more time than they save
 _MARKER = "scenes.json"
-_GRAMMAR = 1  # raise when the same seed begins to give other pictures
+_GRAMMAR = 1  # increase it when the same seed gives other pictures
 # Streams of random numbers: source, target training, target validation, source validation.
 _SOURCE, _TARGET, _TARGET_VAL, _SOURCE_VAL = range(4)
 _CITIES = (("ahorn", "birke", "linde", "ulme"), ("eiche", "kiefer"))
 
 
 class _Plan(NamedTuple):
-    """What decides every picture of a data set; arguments as of `render`."""
+    """The arguments of `render`, which determine every picture of a data set."""
 
     seed: int
     train: int
@@ -44,7 +43,7 @@ class _Plan(NamedTuple):
 
     @property
     def settings(self) -> dict[str, object]:
-        """As the folder of the data set notes it."""
+        """The plan as the folder of the data set notes it."""
         noted = {"grammar": _GRAMMAR, **self._asdict()}
         if not self.source_val:
             del noted["source_val"]
@@ -52,7 +51,7 @@ class _Plan(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """One picture to render; `split` and `number` with the seed decide all of it."""
+    """One picture to render; seed, `split` and `number` determine its content."""
 
     image: Path
     labels: Path
@@ -80,14 +79,14 @@ def render(
 
     Args:
         root: folder for GTA5/ and Cityscapes/; made if missing.
-        seed: of everything random.
+        seed: seed of all random numbers.
         train: number of source pictures, and of target training pictures.
         val: number of target validation pictures.
         size: (height, width) of target pictures.
-        source_size: of source pictures; by default one eighth taller than the target's, as a
-            16:9 game beside a 2:1 camera.
-        source_val: number of source validation pictures, told from the training ones by
-            GTA5/list/; with 0 there is no list, and all are for training.
+        source_size: (height, width) of source pictures; by default one eighth taller than the
+            target's, like a 16:9 game beside a 2:1 camera.
+        source_val: number of source validation pictures, which GTA5/list/ separates from the
+            training pictures; with 0 there is no list, and all are for training.
         on_progress: called with (pictures done, pictures in all).
 
     Raises:
@@ -130,7 +129,7 @@ def check(
     source_size: tuple[int, int],
     source_val: int = 0,
 ) -> None:
-    """Raise the UserError of a `render` into a folder that holds other data; writes nothing."""
+    """Raise the UserError of `render` if the folder holds other data; writes nothing."""
     _holds(Path(root), _Plan(seed, train, val, size, source_size, source_val).settings)
 
 
@@ -139,14 +138,14 @@ def _claim(root: Path, settings: dict[str, object]) -> None:
     if _holds(root, settings):
         return
     root.mkdir(parents=True, exist_ok=True)
-    with lock(root / LOCK):  # else another run, with other settings, could find the folder empty
+    with lock(root / LOCK):  # another run with other settings may claim it at the same moment
         if not _holds(root, settings):
             content = json.dumps(settings)
             _replace(root / _MARKER, lambda part: part.write_text(content, encoding="utf-8"))
 
 
 def _holds(root: Path, settings: dict[str, object]) -> bool:
-    """Whether the folder is noted to hold these scenes; UserError if it holds something else."""
+    """Whether the folder holds these scenes; UserError if it holds something else."""
     marker = root / _MARKER
     if marker.is_file():
         if read_json(marker) != settings:
@@ -170,8 +169,8 @@ def _jobs(root: Path, plan: _Plan) -> list[_Job]:
     seed, train, val, size, source_size, source_val = plan
     jobs = []
     images, labels = root / "GTA5" / "images", root / "GTA5" / "labels"
-    # The number of a source validation picture depends on how many there are for training, but
-    # not what it shows.
+    # The number of training pictures changes the file name of a source validation picture, but not
+    # its content.
     for split, first, count in ((_SOURCE, 1, train), (_SOURCE_VAL, train + 1, source_val)):
         for i in range(count):
             name = f"{first + i:05d}.png"
@@ -197,7 +196,7 @@ def _write_lists(folder: Path, train: int, source_val: int) -> None:
     for split, first, count in (("train", 1, train), ("val", train + 1, source_val)):
         path = folder / f"{split}.txt"
         names = "".join(f"{i:05d}\n" for i in range(first, first + count))
-        if not path.is_file():  # whoever only reads a finished data set need not write there
+        if not path.is_file():  # a finished data set may be read-only
             _replace(path, lambda part, names=names: part.write_text(names, encoding="utf-8"))
 
 
@@ -205,7 +204,7 @@ def _rendered(jobs: Sequence[_Job]) -> Iterator[None]:
     if len(jobs) < _POOL_FROM:
         yield from map(_render, jobs)
         return
-    # Fresh processes: forking one that has run torch's threads may hang.
+    # Spawned, because a fork of a process that has run torch's threads may hang.
     context = multiprocessing.get_context("spawn")
     workers = min(_cores(), 16)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
@@ -226,7 +225,7 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _without_ctrl_c() -> Iterator[None]:
-    """Let the processes that are started here leave Ctrl-C to their parent."""
+    """Let the processes that are started here ignore Ctrl-C, which their parent handles."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

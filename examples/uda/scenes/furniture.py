@@ -1,4 +1,4 @@
-"""Things that stand beside the street: trees, hedges, lamps, signals, signs, bins."""
+"""Objects beside the street: trees, hedges, lamps, signals, signs, bins."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw_blobs(
     up: float,
     color: Color,
 ) -> None:
-    """Leaves: a cloud of overlapping balls, darker below and away from the sun."""
+    """Paint leaves as a cloud of overlapping balls, darker below and away from the sun."""
     size = canvas.pixels(across, center[2])
     if size < 2:
         canvas.ball(center, across, up, color, VEGETATION)

@@ -1,4 +1,4 @@
-"""Sky, hills, ground, markings and shadows: what everything else is painted on."""
+"""Sky, hills, ground, markings and shadows, on which everything else is painted."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _paint_markings(street: Street, asphalt: Color) -> None:
 
 
 def drop_shadows(canvas: Canvas, r: random.Random, style: Style) -> None:
-    """Darken what was painted so far where the sun does not reach."""
+    """Darken the painted parts that the sun does not reach."""
     soft = canvas.diffuse < 0.2
     scale = canvas.width / 640
     shade = canvas.shade.filter(ImageFilter.GaussianBlur((7 if soft else 1.2) * scale))

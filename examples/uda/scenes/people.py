@@ -1,4 +1,4 @@
-"""Pedestrians, and who rides a bicycle or a motorcycle."""
+"""Pedestrians, and riders of bicycles and motorcycles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a scene: what stands where, the farthest painted first."""
+"""The plan of a scene: its objects and their places, the farthest painted first."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ from uda.scenes.vehicles import (
 
 
 class Street:
-    """Where the parts of the street lie, and what is to be painted on and beside it.
+    """The parts of the street, and the objects that are painted on and beside it.
 
-    `half` and `walk` are the distances from the middle to the kerb and to the lots, `median` that
-    to the innermost lanes, `crossing` the z range of a cross street, `rails` the x of a track.
+    `half` and `walk` are the distances from the middle to the kerb and to the lots, `median` is the
+    distance to the innermost lanes, `crossing` the z range of a cross street, `rails` the x of a
+    track.
     """
 
     def __init__(self, canvas: Canvas, r: random.Random, style: Style, feature: str) -> None:
@@ -58,7 +59,7 @@ class Street:
         canvas.eye_x = self.lane_x(self.ego_lane) + r.uniform(-0.3, 0.3)
 
     def lane_x(self, lane: int) -> float:
-        """Middle of a lane; 0, 1, ... are ours from the median on, -1, -2, ... come towards us."""
+        """Middle of a lane; 0, 1, ... are ours, from the median on, -1, -2, ... are oncoming."""
         inner = lane if lane >= 0 else -lane - 1
         x = self.median + (inner + 0.5) * self.style.lane
         return x if lane >= 0 else -x
@@ -74,7 +75,7 @@ class Street:
         yaw: float = 0.0,
         shadow: tuple[float, float, float] = (0.2, 0.2, 1.7),
     ) -> None:
-        """Place a thing and cast the shadow of a box of length, width, height around it."""
+        """Place an object and cast the shadow of a box of length, width, height around it."""
         place = Place(x, z, yaw)
         self.add(z, lambda: draw(self.canvas, self.r, self.style, place))
         body = Body(self.canvas, x, z, yaw)
@@ -106,7 +107,7 @@ def plan_lots(street: Street) -> None:
                 kind = street.feature
             _plan_lot(street, kind, side, z, z + length)
             z += length + (r.uniform(1, 6) if r.random() < 0.2 else 0.0)
-    # What closes the view where the street ends.
+    # Objects close the view where the street ends.
     for k in range(26):
         x = (k - 12.5) * 22 + r.uniform(-8, 8)
         z = r.uniform(150, 210)
@@ -144,7 +145,7 @@ def _plan_lot(street: Street, kind: str, side: int, z1: float, z2: float) -> Non
             far = x + side * 45
             canvas.face([(x, 0, a), (x, 0, b), (far, 0, b), (far, 0, a)], grass, TERRAIN)
 
-    # A little behind the lot's own things, in front of whatever stands farther away.
+    # This lies a little behind the objects of the lot and in front of all that are farther away.
     street.add(z2 + 0.02, lawn)
     trees = {"park": (2, 5), "wall": (1, 4), "fence": (0, 3)}[kind]
     for _ in range(r.randint(*trees)):
@@ -153,7 +154,7 @@ def _plan_lot(street: Street, kind: str, side: int, z1: float, z2: float) -> Non
     if kind == "fence" and r.random() < 0.5:
         setback = x + side * r.uniform(9, 14)
         street.add(z2 + 0.01, lambda: draw_building(canvas, r, style, setback, z1, z2))
-    # Nearer than all that stands behind it.
+    # This is nearer than everything behind it.
     if kind == "wall":
         street.add(z1, lambda: draw_wall(canvas, r, style, x, z1, z2))
         canvas.cast([(x, z1), (x, z2), (x + side * 0.4, z2), (x + side * 0.4, z1)], 2.3)
@@ -212,7 +213,7 @@ def plan_traffic(street: Street) -> None:
         return True
 
     def lane_ahead(lane: int) -> float:
-        """A distance at which something in this lane is seen, and no collision."""
+        """A distance at which an object in this lane is visible and collides with no other."""
         return r.uniform(9, 22) if lane != street.ego_lane else r.uniform(13, 30)
 
     lanes = range(-street.lanes, street.lanes)

@@ -13,7 +13,7 @@ from uda.scenes.ground import drop_shadows, paint_ground, paint_hills, paint_sky
 from uda.scenes.plan import Street, plan_furniture, plan_lots, plan_people, plan_traffic
 from uda.scenes.styles import BORDER, Style
 
-# Feature of scene i is the i-th of these, cyclically: what no split may lack.
+# Scene i features the i-th of these, cyclically, so that no split lacks one.
 FEATURES = (
     "train", "cyclist", "lights", "bus", "bicycles", "wall",
     "motorcyclist", "truck", "lights", "fence", "motorcycles", "cyclist",

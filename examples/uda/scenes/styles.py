@@ -1,4 +1,4 @@
-"""What tells the two worlds apart: proportions, colours, textures; and the ids of the labels."""
+"""The differences of the two worlds (proportions, colours, textures), and the label ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 Color = tuple[float, float, float]
 Point = tuple[float, float, float]
 
-# Cityscapes ids, as label files hold them.
+# Cityscapes ids, as in label files.
 EGO_VEHICLE, BORDER, STATIC, GROUND = 1, 3, 4, 6
 ROAD, SIDEWALK, PARKING, RAIL_TRACK, BUILDING, WALL, FENCE = 7, 8, 9, 10, 11, 12, 13
 POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY = 17, 19, 20, 21, 22, 23
@@ -17,7 +17,7 @@ PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = 24, 25, 26, 27, 28,
 
 @dataclass(frozen=True)
 class Style:
-    """What tells the two worlds apart; ranges are (low, high), lengths in metres."""
+    """The appearance of a world; ranges are (low, high), lengths in metres."""
 
     focal: tuple[float, float]  # in image widths
     eye: tuple[float, float]

@@ -235,7 +235,7 @@ def draw_truck(canvas: Canvas, r: random.Random, style: Style, place: Place) -> 
         for s in (-1, 1):
             _plate(body, -3.95, s * 0.9, 0.75, 0.16, 0.1, -1, (200, 26, 24))
 
-    # What is farther away goes first.
+    # The part that is farther away is painted first.
     for part in (cab, box) if math.cos(yaw) > 0 else (box, cab):
         part()
     body.wheels((-3.0, -1.9, 3.0), 1.15, 0.46)

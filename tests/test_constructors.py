@@ -1,0 +1,106 @@
+"""Losses are constructed, shown, copied, pickled, subclassed and compiled as modules are."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from support import LOSSES, Member, random_logits
+from torch import Tensor, nn
+
+from maxsquare import (
+    EntropyLoss,
+    InformationMaximizationLoss,
+    IWEntropyLoss,
+    IWMaxSquareLoss,
+    MaxSquareLoss,
+    MultiLevelGuidance,
+    MultiLevelLoss,
+    PseudoLabelLoss,
+    TeacherLoss,
+    TsallisEntropyLoss,
+    functional,
+)
+
+each_loss = pytest.mark.parametrize("member", LOSSES, ids=repr)
+FUNCTIONS = {
+    MaxSquareLoss: functional.max_square,
+    IWMaxSquareLoss: functional.max_square,
+    EntropyLoss: functional.entropy,
+    IWEntropyLoss: functional.entropy,
+    TsallisEntropyLoss: functional.tsallis_entropy,
+    PseudoLabelLoss: functional.pseudo_label_loss,
+    MultiLevelGuidance: functional.guidance_loss,
+    TeacherLoss: functional.teacher_loss,
+}
+OF_A_CALL = {"logits", "low_logits", "teacher_logits", "size", "align_corners", "valid", "labels"}
+
+
+@pytest.mark.parametrize("loss", FUNCTIONS, ids=lambda loss: loss.__name__)
+def test_the_signature_names_every_option_of_the_function(loss: type[nn.Module]) -> None:
+    options = set(inspect.signature(loss).parameters)
+    assert options == set(inspect.signature(FUNCTIONS[loss]).parameters) - OF_A_CALL
+
+
+def make(member: Member) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return member.make(), (random_logits((2, 4, 5, 6)),) * member.heads
+
+
+@each_loss
+def test_copies_and_pickles_compute_the_same(member: Member) -> None:
+    loss, heads = make(member)
+    expected = loss(*heads, size=(7, 9))
+    for other in (copy.copy(loss), copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(other(*heads, size=(7, 9)), expected)
+        assert repr(other) == repr(loss)
+
+
+@each_loss
+def test_a_loss_is_constructed_within_a_compiled_function(member: Member) -> None:
+    _, heads = make(member)
+    expected = member.make()(*heads, size=(7, 9))
+
+    def compute(*heads: Tensor) -> Tensor:
+        return member.make()(*heads, size=(7, 9))
+
+    torch._dynamo.reset()  # every loss is another constant of the same code
+    compiled = torch.compile(compute, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*heads), expected)
+
+
+def test_options_that_change_after_construction_count() -> None:
+    logits, low_logits = random_logits((2, 4, 5, 6)), random_logits((2, 4, 5, 6), seed=1)
+    loss = MultiLevelLoss(InformationMaximizationLoss(MaxSquareLoss()), threshold=0.5)
+    loss.target_loss.target_loss.reduction = "none"
+    assert loss(logits, low_logits).shape == (2, 5, 6)
+    expected = MultiLevelLoss(MaxSquareLoss(reduction="sum"), threshold=0.5)
+    loss = MultiLevelLoss(MaxSquareLoss(), threshold=0.5)
+    loss.target_loss.reduction = "sum"
+    assert torch.equal(loss(logits, low_logits), expected(logits, low_logits))
+
+
+def test_a_subclass_with_an_option_of_its_own_works_and_shows_it() -> None:
+    class Cooled(IWMaxSquareLoss):
+        def __init__(self, temperature: float, ratio: float = 0.3) -> None:
+            super().__init__(ratio, scale="reference")
+            self.temperature = temperature
+
+        def forward(self, logits: Tensor, **call: object) -> Tensor:
+            return super().forward(logits / self.temperature, **call)
+
+    logits = random_logits((2, 4, 5, 6))
+    expected = IWMaxSquareLoss(0.3, scale="reference")(logits / 2)
+    assert torch.equal(Cooled(2)(logits), expected)
+    assert "temperature=2" in repr(Cooled(2)) and "ratio=0.3" in repr(Cooled(2))
+
+
+@pytest.mark.parametrize("loss", [MaxSquareLoss, EntropyLoss])
+def test_a_ratio_makes_a_plain_loss_image_wise(loss: type[nn.Module]) -> None:
+    logits = random_logits((2, 4, 5, 6))
+    image_wise = {MaxSquareLoss: IWMaxSquareLoss, EntropyLoss: IWEntropyLoss}[loss]
+    assert torch.equal(loss(ratio=0.4)(logits), image_wise(0.4)(logits))
+    with pytest.raises(TypeError, match="ratio"):
+        image_wise(ratio=None)
