@@ -9,7 +9,7 @@ import pytest
 import torch
 
 # Imported for its doctests, it would import the kernels before Triton's interpreter is chosen.
-collect_ignore = ["compile_kernels.py"]
+collect_ignore = ["compiled_kernels.py"]
 if sys.platform != "linux":  # they fork, and read /proc
     collect_ignore += ["interrupted.py", "test_interruptions.py"]
 

@@ -7,8 +7,8 @@ their columns, and goes down it row by row. It reads a row of corners once, for 
 below, and sums the gradient of these corners in registers. Corners that two strips share are added
 afterwards in a fixed order: the results are deterministic, without atomics.
 
-With more classes than BLOCK_C, reductions read them chunk after chunk, and each chunk's gradient has
-a program of its own. The letters are those of potentials.py.
+With more classes than BLOCK_C, reductions read them chunk after chunk, and each chunk's gradient
+has a program of its own. The letters are those of potentials.py.
 """
 
 # Triton publishes no type hints, and its kernels have none.
@@ -825,7 +825,10 @@ class Launch:
                 "parts": parts,
                 "alike": all(head.shape == z.shape for head in others),
             }
-            reach = [self.length, *(2 * scale * size for scale, _, _, _, size in (*axes[0], *axes[-1]))]
+            reach = [
+                self.length,
+                *(2 * scale * size for scale, _, _, _, size in (*axes[0], *axes[-1])),
+            ]
         for head in (z, *others):
             sizes = zip(head.shape[1:], head.stride()[1:], strict=True)
             reach.append(sum((size - 1) * stride for size, stride in sizes))
@@ -843,6 +846,7 @@ class Launch:
             # roundings.
             series_below=1 / 2 if wide == 2 else 1 / 32,
             series=tuple(1 / math.factorial(k) for k in range(16 if wide == 2 else 3, 0, -1)),
+            log_tiny=math.log(torch.finfo(dtype).tiny),
             flushes=wide == 1 and isinstance(_count, triton.runtime.JITFunction),
             **options,
         )
@@ -881,16 +885,17 @@ def classify(
     if labels is not None:
         y = plain.labelled(labels, valid, classes, ignore_index)
     else:
-        launch = Launch(z, spec, [] if guide is None else [guide], thresholded=threshold is not None)
+        launch = Launch(
+            z, spec, [] if guide is None else [guide], thresholded=threshold is not None
+        )
         y = z.new_empty((len(z), *spec.spatial(z)), dtype=index_dtype(classes))
         heads = launch.heads if guide is not None else [*launch.heads, (None, *launch.heads[0][1:])]
-        arguments = (None if valid is None else valid.contiguous(), y, threshold or 0.0)
-        kernel = _classify if spec.size is None else _classify_upsampled
+        kernel, geometry = _classify, launch.geometry
         if spec.size is not None:
-            arguments = (*arguments, *launch.geometry, *launch.guide_axes, launch.length)
-        else:
-            arguments = (*arguments, *launch.geometry)
-        launch(kernel, *(n for head in heads for n in head), *arguments)
+            kernel = _classify_upsampled
+            geometry = (*geometry, *launch.guide_axes, launch.length)
+        maps = (None if valid is None else valid.contiguous(), y, threshold or 0.0)
+        launch(kernel, *(n for head in heads for n in head), *maps, *geometry)
     length, bins = math.prod(y.shape[1:]), classes + 1
     parts = max(min(triton.cdiv(length, COUNTED), PROGRAMS // max(len(y), 1)), 1)
     counts = y.new_empty((len(z), parts, bins), dtype=torch.int32)
@@ -927,7 +932,7 @@ def weighted_sum(
     launch = Launch(z, spec, [] if grad is None else [grad], **options)
     sums = weights.new_empty((len(z), launch.programs))
     heads = launch.heads if needs_grad else [*launch.heads, (None, *launch.heads[0][1:])]
-    if isinstance(potential, Tsallis) and z.dtype != torch.float64:
+    if isinstance(potential, Tsallis) and z.dtype != torch.float64 and launch.config.pixels_adjoin:
         launch.options["maxnreg"] = REGISTERS
     launch(
         _weighted_sum,
@@ -948,7 +953,9 @@ def _sum_upsampled(
     dtype = accumulation_dtype(z.dtype)
     rows, columns, bands, strips = *z.shape[2:], launch.bands, launch.strips
     partial = z.new_empty((len(z), launch.programs), dtype=dtype)
-    grad, buffers, sizes = None, [None, None, None], (0, 0)
+    grad = None
+    buffers: list[Tensor | None] = [None, None, None]
+    sizes = (0, 0)
     if needs_grad:
         grad = z.new_empty(z.shape, dtype=dtype)
         parts = launch.config.parts
