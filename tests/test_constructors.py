@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,3 +106,9 @@ def test_a_ratio_makes_a_plain_loss_image_wise(loss: type[nn.Module]) -> None:
     assert torch.equal(loss(ratio=0.4)(logits), image_wise(0.4)(logits))
     with pytest.raises(TypeError, match="ratio"):
         image_wise(ratio=None)
+
+
+def test_the_library_imports_neither_a_compiler_nor_triton() -> None:
+    script = "import sys, maxsquare; print({'torch._dynamo', 'triton'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr

@@ -124,10 +124,13 @@ def supports_operator(z: Tensor, spec: LogitsSpec) -> bool:
     return ordinary and kernels_for(z) is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a device has kernels, which a compiler must not trace."""
     return kernels_for(torch.empty(0, dtype=dtype, device=device)) is not None
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler with us.
+_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_traced(*tensors: Tensor) -> bool:
