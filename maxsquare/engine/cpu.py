@@ -1,4 +1,4 @@
-"""The two operators on CPUs: a call of the library of `cpu.cpp` by several threads."""
+"""The operators on CPUs: a call of the library of `cpu.cpp` by several threads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import math
 import os
 import struct
 import threading
-from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
@@ -186,15 +185,12 @@ def run(
     arguments = (call, ctypes.byref(Progress.from_buffer(partials)))
     function = kernel(operator, z.dtype)
     threads = min(total, images * channels * length // LOGITS_PER_THREAD)
-    futures = []
     if threads > 1:
-        # A thread may outlive an interrupt of its caller: the tensors must live as long.
         tensors = (z, result, guide, grad, labels, valid, y, weights)
         threads = min(threads, torch.get_num_threads())
-        futures = HELPERS.call(function, arguments, tensors, threads - 1)
-    done = [function(*arguments)]
-    # A thread that has not begun is not needed any more.
-    done += [future.result() for future in futures if not future.cancel()]
+        done = HELPERS.call(function, arguments, tensors, threads - 1)
+    else:
+        done = [function(*arguments)]
     if not all(done):
         raise MemoryError("no memory for the scratch of maxsquare's kernels")
 
@@ -227,39 +223,75 @@ def kernel(name: str, dtype: torch.dtype) -> Any:
     return getattr(kernels, name)
 
 
+class SharedCall:
+    """A call of a kernel that other threads may join until its caller has done the work.
+
+    It holds no lock in which a signal could interrupt the caller: popping from a list is atomic,
+    and SimpleQueue is written for it.
+    """
+
+    def __init__(
+        self, function: Any, arguments: tuple[Any, ...], tensors: Any, helpers: int
+    ) -> None:
+        self.function, self.arguments = function, arguments
+        # A helper may outlive an interrupt of the caller: the tensors must live as long.
+        self.tensors = tensors
+        self.helpers = helpers
+        self.places = [None] * helpers
+        self.results: SimpleQueue[int] = SimpleQueue()
+
+    def join(self) -> None:
+        """Help, if there is a place left."""
+        try:
+            self.places.pop()
+        except IndexError:
+            return
+        self.results.put(self.function(*self.arguments))
+
+    def finish(self) -> list[int]:
+        """Do what is left of the work, then wait for those that have joined."""
+        joined = self.helpers
+        done = [self.function(*self.arguments)]
+        # Whoever has not joined yet is not needed any more.
+        with contextlib.suppress(IndexError):
+            while True:
+                self.places.pop()
+                joined -= 1
+        return done + [self.results.get() for _ in range(joined)]
+
+
 class Helpers:
     """Threads that call kernels, which release the interpreter's lock.
 
-    Unlike those of ThreadPoolExecutor they serve every thread until the process ends, do not delay
-    its end, and hold no lock in which a signal could interrupt them.
+    Unlike those of ThreadPoolExecutor they serve every thread until the process ends, and do not
+    delay its end.
     """
 
     def __init__(self) -> None:
-        self.calls: SimpleQueue[tuple[Future[int], Any, tuple[Any, ...], Any]] = SimpleQueue()
+        self.calls: SimpleQueue[SharedCall] = SimpleQueue()
         self.threads: list[threading.Thread] = []
 
     def call(
         self, function: Any, arguments: tuple[Any, ...], tensors: Any, count: int
-    ) -> list[Future[int]]:
-        """Have so many threads call a kernel, or as many as there are, and keep its tensors."""
+    ) -> list[int]:
+        """Call a kernel together with so many threads, or as many as there are."""
         with contextlib.suppress(RuntimeError):  # no more threads can be started
             # To count processors takes longer than all else here.
             while len(self.threads) < count and len(self.threads) < (os.cpu_count() or 1):
                 thread = threading.Thread(target=self.work, name="maxsquare", daemon=True)
                 thread.start()
                 self.threads.append(thread)
-        futures: list[Future[int]] = [Future() for _ in range(min(count, len(self.threads)))]
-        for future in futures:
-            self.calls.put((future, function, arguments, tensors))
-        return futures
+        shared = SharedCall(function, arguments, tensors, min(count, len(self.threads)))
+        for _ in range(shared.helpers):
+            self.calls.put(shared)
+        return shared.finish()
 
     def work(self) -> None:
-        """Call, one after the other, what no caller has taken back."""
+        """Join one call after the other."""
         while True:
-            future, function, arguments, tensors = self.calls.get()
-            if future.set_running_or_notify_cancel():
-                future.set_result(function(*arguments))
-            del future, function, arguments, tensors  # else they would live until the next call
+            shared = self.calls.get()
+            shared.join()
+            del shared  # else its tensors would live until the next call
 
 
 HELPERS = Helpers()
