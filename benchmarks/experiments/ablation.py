@@ -4,10 +4,10 @@
     python benchmarks/experiments/ablation.py --task digits  # real handwriting: a quarter of that
     python benchmarks/experiments/ablation.py --summary-only  # tables and plots again
 
-Each method chooses its target weight from the same number of values, by the labels of the target's
-validation images, on seeds that are not reported. Then, with each reported seed, all methods start
-from the same source model and see the same images in the same order, so that their differences are
-paired. A run that was stopped continues where it was.
+Every seed runs every method at several target weights from the same source model, and all see the
+same images in the same order, so that their differences are paired. Of these weights each seed and
+method takes the one whose model has the highest information on unlabelled target images, so that no
+target label influences a number in the tables. A run that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
-from scipy.stats import ttest_rel
+from scipy.stats import spearmanr, ttest_rel
 
 import cases
+from maxsquare import Statistics
 from uda import checkpoint, outputs, report
 from uda.datasets import Progress
 from uda.errors import UserError
 from uda.presets import DEMO_CHECKPOINT
 
 QUESTION = "Which part of the method helps on the target, and by how much?"
-TUNING_SEEDS = (100, 102)
 
 Weights = dict[str, torch.Tensor]
 
@@ -59,7 +59,7 @@ class Task(Protocol):
         name: stem of the result files.
         score_name: what `score` returns, with its unit.
         base: one line each on data, network and recipe.
-        weights: the weights of the target loss from which each method chooses.
+        weights: the weights of the target loss at which each method runs.
     """
 
     name: str
@@ -81,6 +81,9 @@ class Task(Protocol):
 
     def score(self, weights: Weights) -> tuple[float, dict[str, float | None]]:
         """The score on labelled target validation images, over all classes and of each."""
+
+    def watch(self, weights: Weights) -> Statistics:
+        """Statistics of the predictions on target training images, whose labels are not used."""
 
 
 @runtime_checkable
@@ -107,20 +110,32 @@ ROWS = {
     STATISTICS: Row("target BatchNorm statistics"),
     CONTROL: Row("source, continued", "source"),
     "entropy": Row("entropy", "entropy"),
-    "tsallis-1.5": Row("Tsallis, q = 1.5", "tsallis-1.5"),
+    "entropy-information": Row("entropy + information", "entropy-information"),
     "maxsquare": Row("maximum squares", "maxsquare"),
-    "maxsquare-iw": Row("+ IW (image-wise)", "maxsquare-iw"),
-    FULL: Row("+ IW + Multi(-level)", FULL),
+    "maxsquare-information": Row("maximum squares + information", "maxsquare-information"),
+    "maxsquare-iw": Row("IW (image-wise)", "maxsquare-iw"),
+    "maxsquare-iw-information": Row("IW + information", "maxsquare-iw-information"),
+    FULL: Row("IW + Multi(-level)", FULL),
     "pseudo-label": Row("pseudo labels", "pseudo-label"),
 }
 METHODS = [name for name, row in ROWS.items() if row.method not in (None, CONTROL)]
 # Pairs of rows whose difference is a step; the steps of the paper come first.
 STEPS = {
     ("maxsquare", "entropy"): "maximum squares − entropy",
-    ("maxsquare", "tsallis-1.5"): "maximum squares − Tsallis, q = 1.5",
     ("maxsquare-iw", "maxsquare"): "IW − maximum squares",
     (FULL, "maxsquare-iw"): "Multi − IW",
+    ("entropy-information", "entropy"): "entropy: with information − without",
+    ("maxsquare-information", "maxsquare"): "maximum squares: with information − without",
+    ("maxsquare-iw-information", "maxsquare-iw"): "IW: with information − without",
     ("maxsquare-iw", "pseudo-label"): "IW − pseudo labels",
+}
+# Those that differ in the information term alone.
+TERM = [pair for pair in STEPS if pair[0] == f"{pair[1]}-information"]
+# What can be seen without labels, and how it is read: the higher, the better the model seems.
+CRITERIA = {
+    "information": "information",
+    "certainty": "low entropy",
+    "classes": "predicted classes",
 }
 COMPARISONS = (
     *((name, SOURCE_ONLY) for name in ROWS if name != SOURCE_ONLY),
@@ -145,7 +160,7 @@ class Options:
     task: Literal["scenes", "digits"] = "scenes"
     """What to adapt: rendered street scenes, or real handwriting of two sources."""
     seeds: int = 5
-    """Reported seeds: 0, 1, ...; the weights are chosen on others."""
+    """Seeds 0, 1, ...; more of them continue the runs of fewer."""
     workers: int = os.cpu_count() or 1
     """Processes that train at the same time, one thread each."""
     work: Path | None = None
@@ -198,7 +213,7 @@ def run(options: Options, console: Console) -> None:
                 "A training process was killed, perhaps for lack of memory: the same command "
                 "continues from here, and takes less memory with fewer --workers."
             ) from error
-    write(summarize(*load(folder)), options.out, console)
+    write(summarize(*load(folder, options.seeds), options.seeds), options.out, console)
 
 
 def make_task(options: Options, folder: Path) -> Task:
@@ -215,77 +230,46 @@ def make_task(options: Options, folder: Path) -> Task:
 # Runs
 
 
-def startable(weights: Sequence[float], seeds: int, finished: Finished) -> list[Run]:
-    """Every run whose prerequisites are finished, including finished runs, in the order to start.
-
-    Reported seeds do not influence the choice of weights, but their source models need not wait for
-    that choice.
-    """
-    runs = [Run(seed, SOURCE_ONLY) for seed in TUNING_SEEDS]
-    runs += [run for run in tuning_runs(weights) if Run(run.seed, SOURCE_ONLY) in finished]
-    chosen = choose(weights, finished)
-    sources = [Run(seed, SOURCE_ONLY) for seed in range(seeds)]
-    runs += sources
-    for source in sources:
-        if source in finished:
-            runs += [
-                source._replace(row=name, weight=chosen.get(name, 0.0))
-                for name in ROWS
-                if name != SOURCE_ONLY and (name not in METHODS or name in chosen)
-            ]
-    return runs
+def all_runs(weights: Sequence[float], seeds: int) -> list[Run]:
+    """Every run, seed by seed."""
+    return [run for seed in range(seeds) for name in ROWS for run in runs_of(seed, name, weights)]
 
 
-def tuning_runs(weights: Sequence[float]) -> list[Run]:
-    return [
-        Run(seed, method, weight)
-        for seed in TUNING_SEEDS
-        for method in METHODS
-        for weight in weights
-    ]
+def runs_of(seed: int, row: str, weights: Sequence[float]) -> list[Run]:
+    """The runs of a row: one for each weight, or one alone where there is no target loss."""
+    return [Run(seed, row, weight) for weight in (weights if row in METHODS else (0.0,))]
 
 
-def tuning_scores(weights: Sequence[float], finished: Finished) -> dict[str, dict[float, float]]:
-    """Mean score over the tuning seeds of each weight, of methods whose tuning is complete."""
-    scores = {}
-    for method in METHODS:
-        grid = {weight: [Run(seed, method, weight) for seed in TUNING_SEEDS] for weight in weights}
-        if all(run in finished for runs in grid.values() for run in runs):
-            scores[method] = {
-                weight: statistics.mean(finished[run]["score"] for run in runs)
-                for weight, runs in grid.items()
-            }
-    return scores
+def startable(runs: Iterable[Run], finished: Finished) -> list[Run]:
+    """The runs whose source model is there, including finished runs."""
+    return [run for run in runs if run.row == SOURCE_ONLY or source_of(run) in finished]
 
 
-def choose(weights: Sequence[float], finished: Finished) -> dict[str, float]:
-    """The weight with the best score, of methods whose tuning is complete."""
-    return {
-        method: max(scores, key=scores.__getitem__)
-        for method, scores in tuning_scores(weights, finished).items()
-    }
+def source_of(run: Run) -> Run:
+    return Run(run.seed, SOURCE_ONLY)
 
 
-def total_runs(weights: Sequence[float], seeds: int) -> int:
-    return len(TUNING_SEEDS) + len(tuning_runs(weights)) + seeds * len(ROWS)
+def choose(seed: int, row: str, weights: Sequence[float], finished: Finished) -> Run:
+    """The run that stands for a row: of all its weights the one of the highest information."""
+    return max(runs_of(seed, row, weights), key=lambda run: finished[run]["information"])
 
 
 def train(task: Task, folder: Path, options: Options, console: Console) -> None:
     """Finish every run that is not finished yet."""
     claim(folder, task, options)
     finished = dict(read_runs(folder))
-    total = total_runs(task.weights, options.seeds)
+    runs = all_runs(task.weights, options.seeds)
     with report.progress_bar(console) as progress:
         # A run takes about a minute, so the remaining time is estimated from many runs.
         progress.speed_estimate_period = 3600.0
         preparing = progress.add_task("data", total=None, note="")
         task.prepare(lambda done, of: progress.update(preparing, completed=done, total=of))
         progress.remove_task(preparing)
-        bar = progress.add_task("runs", total=total, completed=len(finished), note="")
+        bar = progress.add_task("runs", total=len(runs), completed=len(finished), note="")
         with workers(options.workers, task, folder) as pool:
             running: dict[Future[dict[str, Any]], Run] = {}
             while True:
-                for run in startable(task.weights, options.seeds, finished):
+                for run in startable(runs, finished):
                     if len(running) == options.workers:
                         break
                     if run not in finished and run not in running.values():
@@ -306,7 +290,6 @@ def claim(folder: Path, task: Task, options: Options) -> None:
         "score": task.score_name,
         "base": task.base,
         "weights": list(task.weights),
-        "seeds": options.seeds,
         "versions": report.versions(),
     }
     path = settings_path(folder)
@@ -345,7 +328,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def read_runs(folder: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
     for path in sorted(folder.glob("seed*.json")):
-        entries = ("run", "score", "per_class", "seconds")
+        entries = ("run", "score", "per_class", *CRITERIA, "seconds")
         result = read(path, entries, "remove it, and its run is made again")
         yield Run(*result["run"]), result
 
@@ -420,14 +403,22 @@ def execute(run: Run) -> dict[str, Any]:
         else:
             weights = task.adapt(source, run.seed, row.method, run.weight)
     score, per_class = task.score(weights)
-    result: dict[str, Any] = {"run": run, "score": score, "per_class": per_class}
-    if run.seed not in TUNING_SEEDS:
-        if row.method is not None:
-            # The gain of the loss beyond that of BatchNorm statistics of the target.
-            with_statistics = task.target_statistics(weights, run.seed)
-            result["score_with_target_statistics"], _ = task.score(with_statistics)
-        if isinstance(task, Explaining):
-            result["confidence"], result["share"] = task.explain(weights)
+    seen = task.watch(weights)
+    result: dict[str, Any] = {
+        "run": run,
+        "score": score,
+        "per_class": per_class,
+        "information": seen.information.item(),
+        "certainty": -seen.entropy.item(),
+        "classes": seen.classes.item(),
+        "proportions": seen.proportions.tolist(),
+    }
+    if row.method is not None:
+        # The gain of the loss beyond that of BatchNorm statistics of the target.
+        with_statistics = task.target_statistics(weights, run.seed)
+        result["score_with_target_statistics"], _ = task.score(with_statistics)
+    if isinstance(task, Explaining):
+        result["confidence"], result["share"] = task.explain(weights)
     result["seconds"] = time.perf_counter() - started
     outputs.write_json(path, result)
     return result
@@ -436,48 +427,42 @@ def execute(run: Run) -> dict[str, Any]:
 # Summary
 
 
-def load(folder: Path) -> tuple[dict[str, Any], Finished]:
-    """The settings of the runs in a folder, and their results; all must be finished."""
+def load(folder: Path, seeds: int) -> tuple[dict[str, Any], Finished]:
+    """The settings of the runs in a folder, and their results; those of all seeds must be there."""
     if not settings_path(folder).is_file():
         raise UserError(f"{folder} holds no runs: check --work.")
     started_with = read_settings(folder)
-    settings = started_with["settings"]
-    finished = dict(read_runs(folder))
-    total = total_runs(settings["weights"], settings["seeds"])
-    if len(finished) < total:
+    runs, found = all_runs(started_with["settings"]["weights"], seeds), dict(read_runs(folder))
+    finished = {run: found[run] for run in runs if run in found}
+    if len(finished) < len(runs):
         raise UserError(
-            f"{folder} holds {len(finished)} of {total} runs: finish them without --summary-only."
+            f"{folder} holds {len(finished)} of {len(runs)} runs: finish them without "
+            "--summary-only, or report fewer --seeds."
         )
     return started_with, finished
 
 
-def summarize(started_with: Mapping[str, Any], finished: Finished) -> dict[str, Any]:
+def summarize(started_with: Mapping[str, Any], finished: Finished, seeds: int) -> dict[str, Any]:
     """Everything that is reported, as the JSON file holds it."""
     settings = started_with["settings"]
-    weights, seeds = settings["weights"], range(settings["seeds"])
-    chosen, tuned = choose(weights, finished), tuning_scores(weights, finished)
-    runs = {
-        name: [finished[Run(seed, name, chosen.get(name, 0.0))] for seed in seeds] for name in ROWS
+    weights = settings["weights"]
+    chosen = {
+        name: [choose(seed, name, weights, finished) for seed in range(seeds)] for name in ROWS
     }
-    scores = {name: [result["score"] for result in results] for name, results in runs.items()}
-    rows = {name: summarize_row(name, chosen, results) for name, results in runs.items()}
+    rows = {
+        name: summarize_row(name, runs, [finished[run] for run in runs])
+        for name, runs in chosen.items()
+    }
+    scores = {name: row["scores"] for name, row in rows.items()}
     equalised = {name: row["scores_with_target_statistics"] for name, row in rows.items()}
     equalised[STATISTICS] = scores[STATISTICS]
-    options = ["--task", settings["task"], "--seeds", str(len(seeds))]
+    options = ["--task", settings["task"], "--seeds", str(seeds)]
     return {
         "question": QUESTION,
         "command": shlex.join(["python", "benchmarks/experiments/ablation.py", *options]),
         **settings,
+        "seeds": seeds,
         "environment": started_with["environment"],
-        "tuning_seeds": TUNING_SEEDS,
-        "tuning": {
-            method: {
-                "scores": [*tuned[method].values()],
-                "chosen": chosen[method],
-                "at_the_edge": chosen[method] in (weights[0], weights[-1]),
-            }
-            for method in METHODS
-        },
         "rows": rows,
         "differences": [
             {"row": a, "against": b, **difference(scores[a], scores[b])} for a, b in COMPARISONS
@@ -485,12 +470,69 @@ def summarize(started_with: Mapping[str, Any], finished: Finished) -> dict[str, 
         "differences_with_target_statistics": [
             {"row": a, "against": b, **difference(equalised[a], equalised[b])} for a, b in EQUALISED
         ],
+        "grid": {
+            name: [scores_at(name, weight, seeds, finished) for weight in weights]
+            for name in METHODS
+        },
+        "term": [
+            {
+                "row": row,
+                "against": against,
+                "weight": weight,
+                **difference(
+                    scores_at(row, weight, seeds, finished),
+                    scores_at(against, weight, seeds, finished),
+                ),
+            }
+            for row, against in TERM
+            for weight in weights
+        ],
+        "criteria": {
+            name: summarize_criterion(name, weights, seeds, finished) for name in CRITERIA
+        },
         "seconds_of_all_runs": sum(result["seconds"] for result in finished.values()),
     }
 
 
+def scores_at(row: str, weight: float, seeds: int, finished: Finished) -> list[float]:
+    """The score of each seed of a method at a weight."""
+    return [finished[Run(seed, row, weight)]["score"] for seed in range(seeds)]
+
+
+def summarize_criterion(
+    criterion: str, weights: Sequence[float], seeds: int, finished: Finished
+) -> dict[str, list[float]]:
+    """How well a criterion without labels chooses, for each seed.
+
+    correlation: Spearman's, with the score over all models. regret: points that the model of the
+    highest value lies below the best one. regret_of_weight: the same among the weights of one
+    method, the mean over methods.
+    """
+    found: dict[str, list[float]] = {"correlation": [], "regret": [], "regret_of_weight": []}
+    for seed in range(seeds):
+        models = {name: runs_of(seed, name, weights) for name in ROWS}
+        every = [finished[run] for runs in models.values() for run in runs]
+        found["correlation"].append(
+            float(spearmanr([m[criterion] for m in every], [m["score"] for m in every]).statistic)
+        )
+        found["regret"].append(regret(every, criterion))
+        found["regret_of_weight"].append(
+            statistics.mean(
+                regret([finished[run] for run in models[name]], criterion) for name in METHODS
+            )
+        )
+    return found
+
+
+def regret(models: Sequence[Mapping[str, Any]], criterion: str) -> float:
+    """Points between the best score and the mean score of those with the highest value."""
+    highest = max(model[criterion] for model in models)
+    taken = [model["score"] for model in models if model[criterion] == highest]
+    return max(model["score"] for model in models) - statistics.mean(taken)
+
+
 def summarize_row(
-    name: str, chosen: Mapping[str, float], results: Sequence[Mapping[str, Any]]
+    name: str, runs: Sequence[Run], results: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     row = ROWS[name]
 
@@ -500,7 +542,7 @@ def summarize_row(
     shares = mean_per_class(values("share"))
     return {
         **row._asdict(),
-        "weight": chosen.get(name),
+        "weights": [run.weight for run in runs] if name in METHODS else [],
         "scores": values("score"),
         "mean": statistics.mean(values("score")),
         "per_class": mean_per_class(values("per_class")),
@@ -574,7 +616,7 @@ def write_csv(summary: Mapping[str, Any], path: Path) -> None:
                     [
                         seed,
                         name,
-                        row["weight"],
+                        *(row["weights"][seed : seed + 1] or [None]),
                         *map(short, (*values, *(per_class[c] for c in classes))),
                     ]
                 )
@@ -593,8 +635,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"{summary['seconds_of_all_runs'] / 60:.0f} minutes of computing in "
         f"{environment['workers']} processes.",
         "\n".join(f"- {name}: {text}" for name, text in summary["base"].items()),
-        f"{score[0].upper()}{score[1:]}, seeds 0 to {summary['seeds'] - 1}. Differences are "
-        "paired: all rows of a seed start from one source model and see the same images. Each has "
+        f"{score[0].upper()}{score[1:]}, seeds 0 to {summary['seeds'] - 1}. Each seed takes the "
+        f"weight, of {', '.join(f'{weight:g}' for weight in summary['weights'])}, at which the "
+        "information on unlabelled target training images is highest. Differences are paired: "
+        "all rows of a seed start from one source model and see the same images. Each has "
         "its 95% confidence interval (Student's t over seeds, not corrected for the number of "
         "comparisons) and the seeds won.",
         results_table(summary),
@@ -605,11 +649,17 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "model, so that they explain no difference; mean confidence (%) and classes predicted on "
         f"at least {GIVEN_UP_BELOW}% of the pixels, of the models as they are.",
         models_table(summary),
-        "## Choice of the weights",
-        "By the labels of the target's validation images, mean of the seeds "
-        f"{' and '.join(map(str, TUNING_SEEDS))}, which are not reported; the same for all "
-        "methods. Bold: chosen.",
-        tuning_table(summary),
+        "## The information term at every weight",
+        f"{score[0].upper()}{score[1:]}, mean over seeds.",
+        grid_table(summary),
+        "With the term − without:",
+        term_table(summary),
+        "## Choosing without labels",
+        "Over all models of a seed (those without a target loss, and every method at every "
+        "weight): Spearman's correlation of the criterion with the score, and the points by which "
+        "the chosen model misses the best one; then the same among the weights of one method, "
+        "mean over methods. Mean over seeds, and their range.",
+        criteria_table(summary),
         "## Per class",
         f"{score}, mean over seeds.",
         per_class_table(summary),
@@ -620,11 +670,11 @@ def markdown(summary: Mapping[str, Any]) -> str:
 def results_table(summary: Mapping[str, Any]) -> str:
     differences, seeds = pairs(summary), summary["seeds"]
     return table(
-        ("", "weight", "mean", "seeds", "less source only", "less source, continued"),
+        ("", "weights", "mean", "seeds", "less source only", "less source, continued"),
         [
             (
                 ROWS[name].label,
-                number(row["weight"], "g"),
+                ", ".join(f"{weight:g}" for weight in row["weights"]) or "–",
                 f"**{row['mean']:.1f}**",
                 ", ".join(f"{value:.1f}" for value in row["scores"]),
                 compared(differences.get((name, SOURCE_ONLY)), seeds),
@@ -672,22 +722,42 @@ def models_table(summary: Mapping[str, Any]) -> str:
     )
 
 
-def tuning_table(summary: Mapping[str, Any]) -> str:
-    weights = summary["weights"]
+def grid_table(summary: Mapping[str, Any]) -> str:
     return table(
-        ("", *(f"weight {weight:g}" for weight in weights), "at the edge"),
+        ("", *(f"weight {weight:g}" for weight in summary["weights"])),
         [
-            (
-                ROWS[method].label,
-                *(
-                    f"**{value:.2f}**" if weight == t["chosen"] else f"{value:.2f}"
-                    for weight, value in zip(weights, t["scores"], strict=True)
-                ),
-                "yes" if t["at_the_edge"] else "no",
-            )
-            for method, t in summary["tuning"].items()
+            (ROWS[name].label, *(f"{statistics.mean(scores):.1f}" for scores in grid))
+            for name, grid in summary["grid"].items()
         ],
     )
+
+
+def term_table(summary: Mapping[str, Any]) -> str:
+    found = {(d["row"], d["weight"]): d for d in summary["term"]}
+    return table(
+        ("", *(f"weight {weight:g}" for weight in summary["weights"])),
+        [
+            (
+                ROWS[against].label,
+                *(compared(found[row, w], summary["seeds"]) for w in summary["weights"]),
+            )
+            for row, against in TERM
+        ],
+    )
+
+
+def criteria_table(summary: Mapping[str, Any]) -> str:
+    return table(
+        ("", "correlation", "points missed", "points missed by the weight"),
+        [
+            (CRITERIA[name], *map(mean_and_range, found.values()))
+            for name, found in summary["criteria"].items()
+        ],
+    )
+
+
+def mean_and_range(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def per_class_table(summary: Mapping[str, Any]) -> str:

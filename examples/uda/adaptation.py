@@ -45,14 +45,19 @@ def methods(
     The published target weights (0.1, and 0.09 for maxsquare-iw-multi) belong to these defaults
     and to scale="reference".
     """
+    entropy = maxsquare.EntropyLoss(scale="reference")
+    plain = maxsquare.MaxSquareLoss(scale="reference")
     image_wise = maxsquare.IWMaxSquareLoss(ratio=ratio, scale="reference")
     return {
         "source": None,
-        "entropy": maxsquare.EntropyLoss(scale="reference"),
+        "entropy": entropy,
+        "entropy-information": maxsquare.InformationMaximizationLoss(entropy),
         "entropy-iw": maxsquare.IWEntropyLoss(ratio=ratio, scale="reference"),
         "tsallis-1.5": maxsquare.TsallisEntropyLoss(1.5, scale="reference"),
-        "maxsquare": maxsquare.MaxSquareLoss(scale="reference"),
+        "maxsquare": plain,
+        "maxsquare-information": maxsquare.InformationMaximizationLoss(plain),
         "maxsquare-iw": image_wise,
+        "maxsquare-iw-information": maxsquare.InformationMaximizationLoss(image_wise),
         "maxsquare-iw-multi": maxsquare.MultiLevelLoss(
             image_wise, threshold=threshold, weight=low_weight
         ),

@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from maxsquare import PredictionStatistics, Statistics
 from uda.datasets import LabelSpace, Sample
 from uda.errors import UserError
+
+NOT_FINITE = (
+    "The network's outputs are not finite: give other weights, or train these with a lower "
+    "learning rate."
+)
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,36 @@ def evaluate(
     confusion = matrix.compute().cpu()
     # Read once, because reading synchronises, and only after all processes have exchanged matrices.
     if not finite:
-        raise UserError(
-            "The network's outputs are not finite: give other weights, or train these with a "
-            "lower learning rate."
-        )
+        raise UserError(NOT_FINITE)
     return Scores(confusion, tuple(space.names))
+
+
+@torch.no_grad()
+def watch(
+    model: nn.Module,
+    loader: Iterable[Sample],
+    *,
+    align_corners: bool = True,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int], object] | None = None,
+) -> Statistics:
+    """What a model predicts on images, whose labels are not used; arguments as in `evaluate`.
+
+    In a distributed run each process counts the images of its own loader.
+    """
+    statistics = PredictionStatistics()
+    was_training = model.training
+    model.eval()
+    for images, _, _ in loader:
+        logits, _ = model(images.to(device))
+        statistics.update(logits, size=tuple(images.shape[-2:]), align_corners=align_corners)
+        if on_progress is not None:
+            on_progress(len(images))
+    model.train(was_training)
+    found = statistics.compute()
+    if not found.information.isfinite():
+        raise UserError(NOT_FINITE)
+    return found
 
 
 @torch.no_grad()

@@ -20,6 +20,8 @@ from uda.outputs import from_json
 from uda.presets import LISTED_IMAGES, Settings
 from uda.report import data_table, progress_bar
 
+# Number of unlabelled target images on which predictions are watched.
+WATCHED_IMAGES = 60
 # The rendered scenes do not depend on --seed: runs with different seeds share one data set.
 SCENES_SEED = 0
 
@@ -96,6 +98,16 @@ def open_validation(s: Settings) -> SegmentationDataset:
     return datasets.open_dataset(s.target, root, "val", size=s.target_size, **options)
 
 
+def open_watched(s: Settings) -> Subset[Sample]:
+    """Some of the target's training images, as they are and without labels, evenly spaced."""
+    root, options = s.data_root / s.target_folder, {"classes": s.classes, "normalize": s.normalize}
+    dataset = datasets.open_dataset(
+        s.target, root, "train", size=s.target_size, labels=False, **options
+    )
+    count = min(WATCHED_IMAGES, len(dataset))
+    return Subset(dataset, [len(dataset) * k // count for k in range(count)])
+
+
 def open_source_validation(s: Settings) -> SegmentationDataset:
     """The source's own validation images, with labels."""
     root, options = s.data_root / s.source_folder, {"classes": s.classes, "normalize": s.normalize}
@@ -129,9 +141,9 @@ def batches(
 
 
 def validation_loader(
-    dataset: SegmentationDataset, s: Settings, *, rank: int = 0, world: int = 1
+    dataset: torch.utils.data.Dataset[Sample], s: Settings, *, rank: int = 0, world: int = 1
 ) -> DataLoader[Sample]:
-    """This process's share of the validation images."""
+    """This process's share of images to be evaluated, in their order."""
     share = Subset(dataset, range(rank, len(dataset), world))
     return _loader(share, s, batch_size=max(s.batch_size // world, 1))
 

@@ -21,10 +21,13 @@ from uda.errors import UserError
 Method = Literal[
     "source",
     "entropy",
+    "entropy-information",
     "entropy-iw",
     "tsallis-1.5",
     "maxsquare",
+    "maxsquare-information",
     "maxsquare-iw",
+    "maxsquare-iw-information",
     "maxsquare-iw-multi",
     "pseudo-label",
     "all",
