@@ -2,6 +2,7 @@
 
     python examples/train_uda.py                              the demo: minutes on a CPU
     python examples/train_uda.py --method all                 every method from one source model
+    python examples/train_uda.py --target-weight 1 2 4 8      the weight, chosen without labels
     python examples/train_uda.py --source-steps 4000          a source model of your own
     python examples/train_uda.py --source folder --target folder --classes 11 --data-root DIR ...
     python examples/train_uda.py --preset gta5-cityscapes/maxsquare-iw --data-root DIR --init FILE
@@ -13,12 +14,14 @@ The method itself is in uda/adaptation.py. A run writes into its folder
     source-only/last.pt      the source model
     target-statistics/       with --compare: that model with BatchNorm statistics of the target
     source/                  and the same model after as many further steps on the source alone
-    last.pt, best.pt         the adapted model (--method all: in a folder per method)
+    last.pt, best.pt         the adapted model (of several methods or weights: in a folder each)
     metrics.json, panel.png  results per class, and some predictions as pictures
     events.out.*             TensorBoard logs
 
-"best" is chosen on the labels of the target's validation images, as in the published runs. Without
-target labels you cannot choose this way: the results called "adapted" are those of the last step.
+The results called "adapted" are those of the last step; of several --target-weight they are those
+of the weight with the highest information on unlabelled target images. "best" is the evaluation of
+the highest information, or with --select labels that of the highest mIoU on the target's validation
+images, as in the published runs. A target without labels is adapted to and chosen for all the same.
 """
 
 from __future__ import annotations
@@ -31,20 +34,22 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from rich.console import Console
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
+from maxsquare import TeacherLoss
 from uda import adaptation, checkpoint, loading, outputs, report
 from uda.adaptation import Losses
 from uda.datasets import Sample, SegmentationDataset
 from uda.errors import UserError
-from uda.evaluation import Scores, evaluate
+from uda.evaluation import Scores, evaluate, watch
 from uda.presets import COMPARED, DEMO_CHECKPOINT, NOTES, PRESETS, Settings
 from uda.results import write_results
 
@@ -75,7 +80,7 @@ class Job:
     console: Console
     source: SegmentationDataset
     target: SegmentationDataset
-    validation: SegmentationDataset
+    validation: SegmentationDataset | None
 
     @property
     def share(self) -> dict[str, int]:
@@ -204,17 +209,37 @@ def run_stages(job: Job) -> None:
         job.console.print(warning)
 
     source_only = train_source(job, out / SOURCE_ONLY)
-    start = source_only["model"]
-    statistics = take_statistics(job, out / STATISTICS, start) if s.compare else None
-    if s.method == "all":
-        folders = {method: out / method for method in COMPARED}
-    else:
-        folders = {s.method: out}
-    if s.compare:
-        folders = {CONTROL: out / CONTROL} | folders
-    adapted = {method: adapt(job, method, folder, start) for method, folder in folders.items()}
+    statistics = take_statistics(job, out / STATISTICS, source_only) if s.compare else None
+    adapted = {
+        name: adapt(job, name, chosen, source_only) for name, chosen in adaptations(s).items()
+    }
     if job.fabric.is_global_zero:
-        write_results(source_only, statistics, adapted, job.validation, s, job.console)
+        write_results(
+            source_only, statistics, adapted, job.source.space, job.validation, s, job.console
+        )
+
+
+class Adaptation(NamedTuple):
+    """An adaptation of the source model, and the folder that it writes to."""
+
+    method: str
+    weight: float
+    folder: Path
+
+
+def adaptations(s: Settings) -> dict[str, Adaptation]:
+    """Every adaptation of a run, by its name in the results."""
+    weight, out = s.target_weight[0], s.out
+    if s.method == "all":
+        found = {method: Adaptation(method, weight, out / method) for method in COMPARED}
+    elif len(s.target_weight) > 1:
+        names = {f"weight-{weight:g}": weight for weight in s.target_weight}
+        found = {name: Adaptation(s.method, weight, out / name) for name, weight in names.items()}
+    else:
+        found = {s.method: Adaptation(s.method, weight, out)}
+    if s.compare:
+        found = {CONTROL: Adaptation(CONTROL, weight, out / CONTROL)} | found
+    return found
 
 
 def train_source(job: Job, folder: Path) -> State:
@@ -246,12 +271,14 @@ def train_source(job: Job, folder: Path) -> State:
         return stage.finish()
 
 
-def adapt(job: Job, method: str, folder: Path, start: Mapping[str, torch.Tensor]) -> State:
-    """One adaptation of the source model by one method; returns its last state."""
+def adapt(job: Job, name: str, chosen: Adaptation, source: State) -> State:
+    """One adaptation of the source model by one method at one weight; returns its last state."""
     s = job.settings
     methods = adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight)
-    with Stage(job, method, folder, start) as stage:
+    target_loss = methods[chosen.method]
+    with Stage(job, name, chosen.folder, source) as stage:
         model, fabric_optimizer = stage.prepare(s.lr, s.steps)
+        teacher = stage.make_teacher() if isinstance(target_loss, TeacherLoss) else None
         steps = range(stage.state["step"], s.steps)
         # The source images continue where the source stage stopped.
         source_steps = range(s.source_steps + steps.start, s.source_steps + steps.stop)
@@ -261,9 +288,10 @@ def adapt(job: Job, method: str, folder: Path, start: Mapping[str, torch.Tensor]
             job.source_batches(source_steps),
             job.target_batches(steps),
             adaptation.learning_rates(s.lr, steps, s.horizon or s.steps),
-            methods[method],
-            target_weight=s.target_weight,
+            target_loss,
+            target_weight=chosen.weight,
             low_weight=s.low_weight,
+            teacher=teacher,
             align_corners=s.corners,
             backward=job.fabric.backward,
         )
@@ -273,7 +301,7 @@ def adapt(job: Job, method: str, folder: Path, start: Mapping[str, torch.Tensor]
             saves = evaluates or step % s.save_every == 0
             if saves or step % s.log_every == 0:
                 stage.log_losses(losses)
-            if last and methods[method] is not None and s.bn_statistics == "target":
+            if last and target_loss is not None and s.bn_statistics == "target":
                 stage.take_statistics()
             if evaluates:
                 stage.evaluate()
@@ -282,10 +310,10 @@ def adapt(job: Job, method: str, folder: Path, start: Mapping[str, torch.Tensor]
         return stage.finish()
 
 
-def take_statistics(job: Job, folder: Path, start: Mapping[str, torch.Tensor]) -> State:
+def take_statistics(job: Job, folder: Path, source: State) -> State:
     """The source model with BatchNorm statistics of target training images; returns its state."""
-    with Stage(job, STATISTICS, folder, start) as stage:
-        if stage.state["confusion"] is None:
+    with Stage(job, STATISTICS, folder, source) as stage:
+        if stage.state["watched"] is None:
             stage.take_statistics()
         return stage.finish()
 
@@ -302,22 +330,18 @@ class Stage:
     `save` adds, it is everything that a run is between two steps.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        name: str,
-        folder: Path,
-        start: Mapping[str, torch.Tensor] | None = None,
-    ) -> None:
+    def __init__(self, job: Job, name: str, folder: Path, source: State | None = None) -> None:
         """Build the network and give it its weights.
 
-        A resumed stage takes them from its own last checkpoint; otherwise they come from `start`
-        (the source model), else from --init, else they are random.
+        A resumed stage takes them from its own last checkpoint; otherwise they are those of the
+        source model, else of --init, else random.
         """
         s = job.settings
-        self.job, self.name, self.folder = job, name, folder
+        self.job, self.name, self.folder, self.source = job, name, folder, source
         self.progress = report.progress_bar(job.console)
         self.optimizer: torch.optim.Optimizer | None = None
+        self.teacher: AveragedModel | None = None
+        self.warned = False
         folder.mkdir(parents=True, exist_ok=True)
         job.fabric.seed_everything(s.seed, verbose=False)
         self.network = loading.build_network(s)
@@ -331,14 +355,15 @@ class Stage:
             "step": 0,
             "seconds": 0.0,
             "confusion": None,
+            "watched": None,
             "best": None,
             "source_validation": [],
             "log": {},  # the size of each of its files
         }
         if resumes(s, folder):
             self._resume()
-        elif start is not None:
-            self.network.load_state_dict(start)
+        elif source is not None:
+            self.network.load_state_dict(source["model"])
         elif s.init is not None:
             loading.load_init(self.network, s)
         self.network.to(job.fabric.device)
@@ -393,6 +418,14 @@ class Stage:
         self.bar = self.progress.add_task(self.name, total=steps, completed=done, note="")
         return model, fabric_optimizer
 
+    def make_teacher(self) -> AveragedModel:
+        """The moving average of the network, after `prepare`."""
+        self.teacher = adaptation.make_teacher(self.network)
+        if "optimizer" in self.state:
+            with checkpoint.restoring(self.folder / "last.pt"):
+                self.teacher.load_state_dict(self.state["teacher"])
+        return self.teacher
+
     def count(self, training: Iterable[Losses]) -> Iterator[tuple[int, Losses]]:
         """Number the steps of a training loop, and show them."""
         for losses in training:
@@ -421,13 +454,46 @@ class Stage:
         adaptation.target_statistics(self.network, progress.track(images, task_id=task))
 
     def evaluate(self) -> None:
-        """Score the network on the validation images, and keep the best one so far."""
-        state, scores = self.state, self._score(self.job.validation)
-        state["confusion"] = scores.confusion
-        self.log({"validation/miou": scores.miou})
-        if state["best"] is None or scores.miou > state["best"]["miou"]:
-            state["best"] = {"step": state["step"], **report.entry(scores)}
+        """Watch the network's predictions, score them if there are labels, and keep the best."""
+        state, validation = self.state, self.job.validation
+        state["watched"] = watched = self._watch()
+        self.log({f"target/{name}": value for name, value in watched.items()})
+        found = {"step": state["step"], **watched}
+        if validation is not None:
+            scores = self._score(validation)
+            state["confusion"] = scores.confusion
+            self.log({"validation/miou": scores.miou})
+            found |= report.entry(scores)
+        criterion = "miou" if self.job.settings.select == "labels" else "information"
+        if state["best"] is None or found[criterion] > state["best"][criterion]:
+            state["best"] = found
             self.save("best.pt")
+
+    def _watch(self) -> dict[str, Any]:
+        """Statistics of the predictions on target training images; warns of a collapse."""
+        job, progress = self.job, self.progress
+        # Every process reads all images, because statistics are not exchanged.
+        loader = loading.validation_loader(loading.open_watched(job.settings), job.settings)
+        task = progress.add_task("predictions", total=len(loader.dataset), note="")
+        with job.fabric.autocast():
+            statistics = watch(
+                self.network,
+                loader,
+                align_corners=job.settings.corners,
+                device=job.fabric.device,
+                on_progress=lambda images: progress.advance(task, images),
+            )
+        progress.remove_task(task)
+        watched = report.watched(statistics)
+        before = self.source["watched"]["classes"] if self.source else 0
+        if 2 * watched["classes"] < before and not self.warned:
+            self.warned = True
+            job.console.print(
+                f"warning: {self.name} predicts {watched['classes']} classes on target images, the "
+                f"source model {before}: some classes swallow the others. Lower --target-weight, "
+                "or choose a --method with -information."
+            )
+        return watched
 
     def evaluate_source(self) -> None:
         """Score the network on the source's own validation images, whose labels are at hand."""
@@ -453,7 +519,7 @@ class Stage:
 
     def finish(self) -> State:
         """Evaluate a stage of no steps, too; returns the state."""
-        if self.state["confusion"] is None:
+        if self.state["watched"] is None:
             self.evaluate()
             self.save("last.pt")
         return self.state
@@ -463,6 +529,8 @@ class Stage:
         self.state["model"] = self.network.state_dict()
         if self.optimizer is not None:
             self.state["optimizer"] = self.optimizer.state_dict()
+        if self.teacher is not None:
+            self.state["teacher"] = self.teacher.state_dict()
         self.state["random"] = checkpoint.random_state()
         if self.writer:
             self.writer.flush()

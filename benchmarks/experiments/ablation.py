@@ -76,8 +76,19 @@ class Task(Protocol):
     def target_statistics(self, source: Weights, seed: int) -> Weights:
         """The model with BatchNorm's running statistics taken from target training images."""
 
-    def adapt(self, source: Weights, seed: int, method: str, weight: float) -> Weights:
-        """The model after further training with the target loss of a method ("source": none)."""
+    def adapt(
+        self,
+        source: Weights,
+        seed: int,
+        method: str,
+        weight: float,
+        *,
+        prior: torch.Tensor | None = None,
+    ) -> Weights:
+        """The model after further training with the target loss of a method ("source": none).
+
+        prior: class proportions that the methods with an information term keep to; None: uniform.
+        """
 
     def score(self, weights: Weights) -> tuple[float, dict[str, float | None]]:
         """The score on labelled target validation images, over all classes and of each."""
@@ -99,6 +110,7 @@ class Row(NamedTuple):
 
     label: str
     method: str | None = None
+    predicted_prior: bool = False
 
 
 SOURCE_ONLY = "source-only"
@@ -111,31 +123,41 @@ ROWS = {
     CONTROL: Row("source, continued", "source"),
     "entropy": Row("entropy", "entropy"),
     "entropy-information": Row("entropy + information", "entropy-information"),
+    "entropy-prior": Row("entropy + information, predicted prior", "entropy-information", True),
     "maxsquare": Row("maximum squares", "maxsquare"),
     "maxsquare-information": Row("maximum squares + information", "maxsquare-information"),
+    "maxsquare-prior": Row(
+        "maximum squares + information, predicted prior", "maxsquare-information", True
+    ),
     "maxsquare-iw": Row("IW (image-wise)", "maxsquare-iw"),
     "maxsquare-iw-information": Row("IW + information", "maxsquare-iw-information"),
+    "maxsquare-iw-prior": Row(
+        "IW + information, predicted prior", "maxsquare-iw-information", True
+    ),
     FULL: Row("IW + Multi(-level)", FULL),
     "pseudo-label": Row("pseudo labels", "pseudo-label"),
 }
 METHODS = [name for name, row in ROWS.items() if row.method not in (None, CONTROL)]
+# Methods with the information term, and the method without it.
+TERM = {
+    f"{name}-{term}": name
+    for name in ("entropy", "maxsquare", "maxsquare-iw")
+    for term in ("information", "prior")
+}
 # Pairs of rows whose difference is a step; the steps of the paper come first.
 STEPS = {
     ("maxsquare", "entropy"): "maximum squares − entropy",
     ("maxsquare-iw", "maxsquare"): "IW − maximum squares",
     (FULL, "maxsquare-iw"): "Multi − IW",
-    ("entropy-information", "entropy"): "entropy: with information − without",
-    ("maxsquare-information", "maxsquare"): "maximum squares: with information − without",
-    ("maxsquare-iw-information", "maxsquare-iw"): "IW: with information − without",
+    **{pair: f"{ROWS[pair[0]].label} − without" for pair in TERM.items()},
     ("maxsquare-iw", "pseudo-label"): "IW − pseudo labels",
 }
-# Those that differ in the information term alone.
-TERM = [pair for pair in STEPS if pair[0] == f"{pair[1]}-information"]
 # What can be seen without labels, and how it is read: the higher, the better the model seems.
 CRITERIA = {
     "information": "information",
     "certainty": "low entropy",
     "classes": "predicted classes",
+    "steadiness": "low entropy, steady proportions",
 }
 COMPARISONS = (
     *((name, SOURCE_ONLY) for name in ROWS if name != SOURCE_ONLY),
@@ -328,7 +350,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def read_runs(folder: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
     for path in sorted(folder.glob("seed*.json")):
-        entries = ("run", "score", "per_class", *CRITERIA, "seconds")
+        entries = ("run", "score", "per_class", "information", "proportions", "seconds")
         result = read(path, entries, "remove it, and its run is made again")
         yield Run(*result["run"]), result
 
@@ -401,7 +423,10 @@ def execute(run: Run) -> dict[str, Any]:
         if row.method is None:
             weights = task.target_statistics(source, run.seed)
         else:
-            weights = task.adapt(source, run.seed, row.method, run.weight)
+            prior = None
+            if row.predicted_prior:
+                prior = task.watch(task.target_statistics(source, run.seed)).proportions
+            weights = task.adapt(source, run.seed, row.method, run.weight, prior=prior)
     score, per_class = task.score(weights)
     seen = task.watch(weights)
     result: dict[str, Any] = {
@@ -446,6 +471,7 @@ def summarize(started_with: Mapping[str, Any], finished: Finished, seeds: int) -
     """Everything that is reported, as the JSON file holds it."""
     settings = started_with["settings"]
     weights = settings["weights"]
+    finished = {run: add_steadiness(result, run, finished) for run, result in finished.items()}
     chosen = {
         name: [choose(seed, name, weights, finished) for seed in range(seeds)] for name in ROWS
     }
@@ -484,7 +510,7 @@ def summarize(started_with: Mapping[str, Any], finished: Finished, seeds: int) -
                     scores_at(against, weight, seeds, finished),
                 ),
             }
-            for row, against in TERM
+            for row, against in TERM.items()
             for weight in weights
         ],
         "criteria": {
@@ -492,6 +518,16 @@ def summarize(started_with: Mapping[str, Any], finished: Finished, seeds: int) -
         },
         "seconds_of_all_runs": sum(result["seconds"] for result in finished.values()),
     }
+
+
+def add_steadiness(result: dict[str, Any], run: Run, finished: Finished) -> dict[str, Any]:
+    """With minus the entropy and minus the divergence of the class proportions from those of the
+    source model with target statistics."""
+    now, before = (
+        torch.tensor(r["proportions"]) for r in (result, finished[Run(run.seed, STATISTICS)])
+    )
+    divergence = (torch.special.xlogy(now, now) - torch.special.xlogy(now, before)).sum().item()
+    return result | {"steadiness": result["certainty"] - divergence}
 
 
 def scores_at(row: str, weight: float, seeds: int, finished: Finished) -> list[float]:
@@ -738,10 +774,10 @@ def term_table(summary: Mapping[str, Any]) -> str:
         ("", *(f"weight {weight:g}" for weight in summary["weights"])),
         [
             (
-                ROWS[against].label,
+                ROWS[row].label,
                 *(compared(found[row, w], summary["seeds"]) for w in summary["weights"]),
             )
-            for row, against in TERM
+            for row in TERM
         ],
     )
 

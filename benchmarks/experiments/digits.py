@@ -315,6 +315,7 @@ class Digits:
         method: str,
         weight: float,
         *,
+        prior: Tensor | None = None,
         updates: BackboneUpdates = "once",
         lr_multiple: float = 1.0,
     ) -> Weights:
@@ -325,6 +326,7 @@ class Digits:
             seed: determines the canvases; those of the source continue where its training stopped.
             method: key of `adaptation.methods`.
             weight: weight of the target loss.
+            prior: class proportions, see `adaptation.methods`.
             updates: how often a step updates the backbone, see `adaptation.parameter_groups`.
             lr_multiple: multiplies the backbone's learning rate; the heads keep theirs.
         """
@@ -338,7 +340,7 @@ class Digits:
             self._batches(mnist(), (seed, SOURCE), source_steps),
             self._batches(optdigits(), (seed, TARGET), source_steps),
             adaptation.learning_rates(self.lr, steps, self.steps),
-            adaptation.methods(low_weight=self.low_weight)[method],
+            adaptation.methods(low_weight=self.low_weight, prior=prior)[method],
             target_weight=weight,
             low_weight=self.low_weight,
         )

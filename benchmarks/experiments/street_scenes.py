@@ -82,10 +82,16 @@ class StreetScenes:
         return network.state_dict()
 
     def adapt(
-        self, source: dict[str, Tensor], seed: int, method: str, weight: float
+        self,
+        source: dict[str, Tensor],
+        seed: int,
+        method: str,
+        weight: float,
+        *,
+        prior: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        s = replace(self.settings, seed=seed, method=method, target_weight=weight)
-        return _adapt(self._network(source), s)
+        s = replace(self.settings, seed=seed, method=method, target_weight=(weight,))
+        return _adapt(self._network(source), s, prior)
 
     def score(self, weights: dict[str, Tensor]) -> tuple[float, dict[str, float | None]]:
         _, _, validation = loading.open_data(self.settings)
@@ -119,9 +125,11 @@ class StreetScenes:
         return network
 
 
-def _adapt(network: nn.Module, s: Settings) -> dict[str, Tensor]:
+def _adapt(network: nn.Module, s: Settings, prior: Tensor | None) -> dict[str, Tensor]:
     """The adaptation of train_uda.py in bfloat16, without checkpoints or evaluations."""
-    losses = adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight)
+    losses = adaptation.methods(
+        ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight, prior=prior
+    )
     source, target, _ = loading.open_data(s)
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     network.to(memory_format=torch.channels_last)  # faster on a CPU
@@ -141,7 +149,7 @@ def _adapt(network: nn.Module, s: Settings) -> dict[str, Tensor]:
         loading.batches(target, s, 0, s.steps, stream=TARGET_STREAM),
         adaptation.learning_rates(s.lr, range(s.steps), s.steps),
         losses[s.method],
-        target_weight=s.target_weight,
+        target_weight=s.target_weight[0],
         low_weight=s.low_weight,
         backward=fabric.backward,
     )

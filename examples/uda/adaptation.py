@@ -12,6 +12,11 @@ pixels that are predicted as the same class in that image, so that rare classes 
 multi-level form also teaches a second, low-level head: wherever either head is confident, the class
 on which they agree on average becomes a label for the low-level head, which improves the features
 that both heads share. No discriminator and no target label is needed.
+
+Nothing in these losses keeps a class from swallowing the others. The methods called -information
+add the divergence of the mean prediction from uniform, which does. The method called teacher learns
+from the moving average of the model: what the average sees in an image becomes labels for the
+model, which sees only parts of that image.
 """
 
 from __future__ import annotations
@@ -20,8 +25,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import maxsquare
 from maxsquare import functional
@@ -38,12 +45,17 @@ REPEATS: dict[BackboneUpdates, tuple[int, int, int]] = {
 
 
 def methods(
-    *, ratio: float = 0.2, threshold: float = 0.95, low_weight: float = 0.1
+    *,
+    ratio: float = 0.2,
+    threshold: float = 0.95,
+    low_weight: float = 0.1,
+    prior: Tensor | None = None,
 ) -> dict[str, nn.Module | None]:
     """The target loss of each method, by name; None: learn from the source alone.
 
     The published target weights (0.1, and 0.09 for maxsquare-iw-multi) belong to these defaults
-    and to scale="reference".
+    and to scale="reference". prior: class proportions from which the methods called -information
+    keep the mean prediction from moving away; None: uniform.
     """
     entropy = maxsquare.EntropyLoss(scale="reference")
     plain = maxsquare.MaxSquareLoss(scale="reference")
@@ -51,17 +63,18 @@ def methods(
     return {
         "source": None,
         "entropy": entropy,
-        "entropy-information": maxsquare.InformationMaximizationLoss(entropy),
+        "entropy-information": maxsquare.InformationMaximizationLoss(entropy, prior=prior),
         "entropy-iw": maxsquare.IWEntropyLoss(ratio=ratio, scale="reference"),
         "tsallis-1.5": maxsquare.TsallisEntropyLoss(1.5, scale="reference"),
         "maxsquare": plain,
-        "maxsquare-information": maxsquare.InformationMaximizationLoss(plain),
+        "maxsquare-information": maxsquare.InformationMaximizationLoss(plain, prior=prior),
         "maxsquare-iw": image_wise,
-        "maxsquare-iw-information": maxsquare.InformationMaximizationLoss(image_wise),
+        "maxsquare-iw-information": maxsquare.InformationMaximizationLoss(image_wise, prior=prior),
         "maxsquare-iw-multi": maxsquare.MultiLevelLoss(
             image_wise, threshold=threshold, weight=low_weight
         ),
         "pseudo-label": maxsquare.PseudoLabelLoss(threshold=threshold),
+        "teacher": maxsquare.TeacherLoss(threshold=threshold, average="share"),
     }
 
 
@@ -85,6 +98,7 @@ def adaptation_step(
     low_weight: float = 0.0,
     align_corners: bool = True,
     backward: Callable[[Tensor], Any] = Tensor.backward,
+    teacher: nn.Module | None = None,
 ) -> Losses:
     """Learn from labelled source images and unlabelled target images; one optimiser step.
 
@@ -102,6 +116,8 @@ def adaptation_step(
         low_weight: weight of the low-level head's source cross entropy; 0 leaves that head alone.
         align_corners: how logits are upsampled, as in `torch.nn.functional.interpolate`.
         backward: computes the gradients; ``fabric.backward`` under Lightning Fabric.
+        teacher: its logits of the whole target images are the second argument of the target loss,
+            a `TeacherLoss`, and the model sees these images `masked`; see `make_teacher`.
 
     Returns:
         The losses, on the model's device: the step does not synchronise, reading their values does.
@@ -112,8 +128,11 @@ def adaptation_step(
     )
     backward(source + source_low)
 
-    logits, low_logits = model(target_images)
+    logits, low_logits = model(target_images if teacher is None else masked(target_images))
     heads = (logits, low_logits) if reads_both_heads(target_loss) else (logits,)
+    if teacher is not None:
+        with torch.no_grad():
+            heads = (logits, teacher(target_images)[0])
     size = target_images.shape[-2:]
     target = target_weight * target_loss(*heads, size=size, align_corners=align_corners)
     backward(target)
@@ -165,6 +184,7 @@ def adapt(
     *,
     target_weight: float,
     low_weight: float,
+    teacher: AveragedModel | None = None,
     **options: Any,
 ) -> Iterator[Losses]:
     """Take one `adaptation_step` for every learning rate; yields its losses.
@@ -177,6 +197,7 @@ def adapt(
         target_weight: weight of the target loss.
         low_weight: weight of the low-level head's source cross entropy, where the target loss reads
             that head.
+        teacher: from `make_teacher`, where the target loss learns from one; follows the model.
         options: others of `adaptation_step`.
     """
     if target_loss is None:
@@ -184,7 +205,7 @@ def adapt(
         return
     for rate, (images, labels, _), (target_images, _, _) in zip(rates, source, target, strict=True):
         set_learning_rate(optimizer, rate)
-        yield adaptation_step(
+        losses = adaptation_step(
             model,
             optimizer,
             images,
@@ -193,8 +214,40 @@ def adapt(
             target_loss,
             target_weight=target_weight,
             low_weight=low_weight if reads_both_heads(target_loss) else 0.0,
+            teacher=teacher,
             **options,
         )
+        if teacher is not None:
+            teacher.update_parameters(model)
+        yield losses
+
+
+def make_teacher(model: nn.Module, decay: float = 0.99) -> AveragedModel:
+    """The exponential moving average of a model; `AveragedModel.update_parameters` moves it.
+
+    It normalises by batch statistics where the model does (BatchNorm), and drops no units.
+    """
+    teacher = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for module in teacher.modules():
+        module.training &= isinstance(module, _BatchNorm)
+    return teacher.requires_grad_(False)
+
+
+def masked(images: Tensor, share: float = 0.5, patches: int = 8) -> Tensor:
+    """Images in which a share of the square patches is set to 0, the mean colour.
+
+    To label what it does not see, a model has to use context (MIC, Hoyer et al., CVPR 2023).
+
+    Args:
+        images: (N, 3, H, W), normalised.
+        share: of the patches that are hidden.
+        patches: number of patches along the shorter side.
+    """
+    height, width = images.shape[-2:]
+    side = -(-min(height, width) // patches)
+    grid = torch.rand(len(images), 1, -(-height // side), -(-width // side), device=images.device)
+    visible = F.interpolate((grid >= share).to(images.dtype), scale_factor=side)
+    return images * visible[..., :height, :width]
 
 
 def target_statistics(model: nn.Module, target_images: Iterable[Tensor]) -> None:

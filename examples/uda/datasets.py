@@ -12,7 +12,8 @@ Layouts (`kind`, then what lies under `root`):
     cross-city  Images/Train, Images/Test, Labels/Test/*_eval.png (root is the city's folder)
     folder      images/[{split}/], labels/[{split}/] with the same names, and label_map.json:
                 {"7": "road", "8": "sidewalk", "0": null}, from id to class name or ignored;
-                the classes are numbered in the order in which the map names them
+                the classes are numbered in the order in which the map names them; a target may
+                have no labels/ at all
 
 A list file restricts a split to the names in it, one a line: list/{split}.txt (gta5, synthia),
 List/{train,test}.txt (cross-city), or city_list/{split}.txt beside the Cityscapes folder.
@@ -407,12 +408,7 @@ def _folder_space(root: Path, classes: int, labels: bool) -> tuple[LabelSpace, M
                 f"{path} does not exist: write it as an object from label id to class name "
                 'or null, for example {"7": "road", "0": null}.'
             )
-        if classes not in LABEL_SPACES:
-            raise UserError(
-                f"Without {path} there is no label space of {classes} classes: write the map, "
-                "or choose 19, 16 or 13."
-            )
-        return LABEL_SPACES[classes], {}
+        return LABEL_SPACES.get(classes) or _numbered_space(classes), {}
     try:
         # As pairs: a dictionary would keep the last of two names for one id without a word.
         pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=list)
@@ -440,6 +436,14 @@ def _folder_space(root: Path, classes: int, labels: bool) -> tuple[LabelSpace, M
     colors = tuple(known.get(name, _color(c, len(names))) for c, name in enumerate(names))
     classes_of = {i: -1 if name is None else names.index(name) for i, name in ids.items()}
     return LabelSpace(names, colors, (*range(len(names)),)), classes_of
+
+
+def _numbered_space(classes: int) -> LabelSpace:
+    """For images without labels, whose classes have no names."""
+    ids = range(classes)
+    return LabelSpace(
+        tuple(f"class {c}" for c in ids), tuple(_color(c, classes) for c in ids), (*ids,)
+    )
 
 
 def _is_name(name: object) -> bool:

@@ -49,8 +49,8 @@ def _scenes_of(s: Settings) -> dict[str, Any]:
 
 def open_data(
     s: Settings,
-) -> tuple[SegmentationDataset, SegmentationDataset, SegmentationDataset]:
-    """Source with labels, target without, and the target's validation images with labels."""
+) -> tuple[SegmentationDataset, SegmentationDataset, SegmentationDataset | None]:
+    """Source with labels, target without, and the target's validation images if it has labels."""
     training = {
         "classes": s.classes,
         "augment": None if s.augment == "none" else s.augment,
@@ -62,10 +62,10 @@ def open_data(
     target = datasets.open_dataset(
         s.target, target_root, "train", size=s.target_size, labels=False, **training
     )
-    validation = open_validation(s)
+    validation = open_validation(s) if has_validation(s) else None
     if s.source_evaluate_every:
         open_source_validation(s)  # to find out now, not after many steps, if it is missing
-    if source.space.names != validation.space.names:
+    if validation and source.space.names != validation.space.names:
         raise UserError(
             f"{source_root} and {target_root} do not name the same classes in the same order "
             f"({', '.join(source.space.names)} and {', '.join(validation.space.names)}): make "
@@ -90,6 +90,16 @@ def list_warning(s: Settings, images: int) -> str | None:
         f"warning: {s.source_folder} has {images:,} training images, the published runs read "
         f"{listed:,}: put their list at {path}, one image number a line."
     )
+
+
+def has_validation(s: Settings) -> bool:
+    """Whether the target has labels to validate with; a folder of images may have none."""
+    labels = s.data_root / s.target_folder / "labels"
+    if s.target != "folder" or labels.exists():
+        return True
+    if s.select == "labels":
+        raise UserError(f"--select labels needs {labels}: give labels, or choose information.")
+    return False
 
 
 def open_validation(s: Settings) -> SegmentationDataset:
@@ -239,7 +249,9 @@ def check_data(s: Settings, console: Console) -> None:
     """Read every file of the source and of the labelled target, and print a report."""
     if s.data_root is None:
         raise UserError("--check-data needs the folder of the data sets: give it as --data-root.")
-    parts = ((s.source, s.source_folder, "train"), (s.target, s.target_folder, "val"))
+    parts = [(s.source, s.source_folder, "train")]
+    if has_validation(s):
+        parts.append((s.target, s.target_folder, "val"))
     found = []
     with progress_bar(console) as progress:
         for kind, folder, split in parts:

@@ -114,7 +114,9 @@ def from_json(content: Mapping[str, Any]) -> Settings:
     for name, hint in get_type_hints(Settings).items():
         if name in content:
             value = content[name]
-            if isinstance(value, list):
+            if name == "target_weight" and isinstance(value, (int, float)):  # up to 0.2.0
+                value = (value,)
+            elif isinstance(value, list):
                 value = tuple(value)
             elif isinstance(value, str) and Path in get_args(hint):
                 value = Path(value)

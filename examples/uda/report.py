@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 import maxsquare
+from maxsquare import Statistics
 from uda.datasets import LABEL_SPACES, DataReport
 from uda.errors import UserError, one_line
 from uda.evaluation import Scores
@@ -74,6 +75,29 @@ def thirteen(scores: Scores) -> Scores:
     return scores.subset(ids)
 
 
+def watched(statistics: Statistics) -> dict[str, Any]:
+    """Statistics of predictions as metrics.json holds them."""
+    return {
+        "information": statistics.information.item(),
+        "entropy": statistics.entropy.item(),
+        "classes": int(statistics.classes),
+    }
+
+
+def watched_table(columns: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    """What is known of predictions without labels, one column for each entry."""
+    table = Table("on unlabelled target images", title=title)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label, key, form in (
+        ("information (nats)", "information", ".2f"),
+        ("entropy (nats)", "entropy", ".2f"),
+        ("predicted classes", "classes", "d"),
+    ):
+        table.add_row(label, *(format(column[key], form) for column in columns.values()))
+    return table
+
+
 def scores_table(columns: Mapping[str, Scores], title: str) -> Table:
     """One row per class and one for the mean, one column for each entry."""
     table = Table("IoU (%)", title=title)
@@ -111,7 +135,7 @@ def presets_table(presets: Mapping[str, Preset]) -> Table:
             " > ".join(sizes),
             f"{s.source_steps} + {s.steps}",
             f"{s.lr if s.steps else s.source_lr:g}",
-            f"{s.target_weight:g}" if s.steps else "-",
+            f"{s.target_weight[0]:g}" if s.steps else "-",
             f"{s.ratio:g}" if "-iw" in s.method else "-",
             f"{low}, {s.threshold:g}" if s.method.endswith("multi") else low,
             preset.note,
