@@ -26,7 +26,7 @@ from test_interruptions import curves
 
 import train_uda
 from maxsquare import PredictionStatistics
-from uda import adaptation, checkpoint, deeplab, loading
+from uda import adaptation, checkpoint, loading
 from uda.presets import PRESETS
 
 __all__ = ["data_root", "eleven", "finished"]  # fixtures
@@ -38,6 +38,8 @@ def metrics_of(out: Path) -> dict[str, Any]:
 
 # Several weights
 
+WEIGHTS = "--target-weight 0.5 5 500 --no-compare".split()
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Path:
@@ -45,8 +47,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Path:
     out = tmp_path_factory.mktemp("runs") / "weights"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, adaptation, "adaptation_step", 5)  # within the second weight
-        train(out, data_root, "--target-weight", "0.5", "5", "500")
-    assert train(out, data_root, "--target-weight", "0.5", "5", "500", "--resume") == 0
+        train(out, data_root, *WEIGHTS)
+    assert train(out, data_root, *WEIGHTS, "--resume") == 0
     return out
 
 
@@ -54,7 +56,7 @@ def test_each_weight_is_a_run_of_its_own_from_one_source_model(
     weights: Path, finished: Path
 ) -> None:
     metrics = metrics_of(weights)
-    assert metrics["weights"].keys() == {"source", "weight-0.5", "weight-5", "weight-500"}
+    assert metrics["weights"].keys() == {"weight-0.5", "weight-5", "weight-500"}
     alone = trained(finished / "last.pt")  # the demo's weight is 5
     among = trained(weights / "weight-5" / "last.pt")
     assert same(among["model"], alone["model"]) and same(among["watched"], alone["watched"])
@@ -66,12 +68,11 @@ def test_the_weight_of_the_highest_information_is_adapted(
     weights: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = metrics_of(weights)
-    others = {name: run["information"] for name, run in found["weights"].items() if "-" in name}
+    others = {name: run["information"] for name, run in found["weights"].items()}
     chosen = max(others, key=others.__getitem__)
     assert len({*others.values()}) == 3
     assert found["adapted"] == found["weights"][chosen]
-    options = ("--target-weight", "0.5", "5", "500", "--resume")
-    assert train(weights, data_root, *options) == 0
+    assert train(weights, data_root, *WEIGHTS, "--resume") == 0
     printed = capsys.readouterr().out.replace("\n", "")
     assert f"{chosen}/last.pt" in printed and "information" in printed
 
@@ -154,26 +155,29 @@ def test_published_presets_select_by_labels_and_the_demo_does_not() -> None:
         assert preset.settings.select == ("information" if name == "demo" else "labels")
 
 
-def test_a_collapse_is_told(
-    tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A head that is driven to one class, from a source model that predicts several."""
-    torch.manual_seed(0)
-    torch.save(deeplab.deeplab_small(19).state_dict(), tmp_path / "source.pt")
-    options = ["--init", str(tmp_path / "source.pt"), "--source-steps", "0", "--no-compare"]
-    options += ["--method", "maxsquare", "--lr", "0.02", "--target-weight", "300", "--steps", "6"]
-    assert train(tmp_path / "run", data_root, *options, "--horizon", "0") == 0
-    metrics = metrics_of(tmp_path / "run")
-    assert 2 * metrics["adapted"]["classes"] < metrics["source_only"]["classes"]
-    printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count("warning: maxsquare predicts") == 1 and "-information" in printed
-
-
-def test_no_collapse_no_warning(weights: Path, finished: Path, data_root: Path, tmp_path: Path,
+@pytest.mark.parametrize(("classes", "warnings"), [([8, 4, 4, 4], 0), ([8, 3, 2, 3], 1)])
+def test_a_collapse_is_told_once(
+    classes: list[int],
+    warnings: int,
+    tmp_path: Path,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    assert train(tmp_path / "run", data_root, "--target-weight", "0") == 0
-    assert "warning" not in capsys.readouterr().out
+) -> None:
+    """Of the source model's 8 predicted classes fewer than half are left."""
+    predicted, watch = iter(classes), train_uda.watch
+    monkeypatch.setattr(
+        train_uda,
+        "watch",
+        lambda *args, **kwargs: watch(*args, **kwargs)._replace(
+            classes=torch.tensor(next(predicted))
+        ),
+    )
+    options = ("--no-compare", "--evaluate-every", "1", "--method", "maxsquare")
+    assert train(tmp_path / "run", data_root, *options) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("warning: maxsquare predicts 3 classes") == warnings
+    assert printed.count("warning") == warnings
 
 
 # A target without any label

@@ -253,7 +253,12 @@ def test_pixels_beyond_one_program_that_counts() -> None:
     assert_classes_equal(logits(1, 2, 1, cuda.COUNTED + 3))
 
 
-@each_resolution
+@pytest.mark.parametrize(
+    "size",
+    # The interpreter takes a minute.
+    [None, pytest.param((3, 4), marks=pytest.mark.stress)],
+    ids=["as is", "upsampled"],
+)
 def test_classes_beyond_one_chunk(size: Any) -> None:
     z, spec = logits(1, cuda.MAX_BINS + 2, 2, 1), LogitsSpec(size)
     assert_sums_equal(z, Tsallis(1.2), spec)
@@ -429,8 +434,15 @@ def test_masked_classes_and_huge_logits(potential: Potential, size: Any) -> None
     assert_classes_equal(z, spec)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@each_resolution
+@pytest.mark.parametrize(
+    ("bad", "size"),
+    [
+        (torch.nan, None),
+        (torch.inf, (3, 4)),
+        pytest.param(torch.inf, None, marks=pytest.mark.stress),
+        pytest.param(torch.nan, (3, 4), marks=pytest.mark.stress),
+    ],
+)
 def test_what_is_not_finite_shows(bad: float, size: Any) -> None:
     z, spec = logits(2, 3, 2, 2), LogitsSpec(size)
     z[0, 1, 0, 0] = bad

@@ -276,6 +276,7 @@ def results(command: list[str]) -> list[tuple[str, np.ndarray]]:
     return [(name, np.array(values, dtype=float)) for name, *values in lines]
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(not runs_here("x86_64"), reason="compares with x86-64")
 @pytest.mark.parametrize("precision", ["single", "double"])
 @pytest.mark.parametrize(
