@@ -59,6 +59,8 @@ CONTROL = "source"  # the method
 STATISTICS = "target-statistics"
 # The files of TensorBoard's log.
 LOGS = "events.out.tfevents.*"
+# Of a class in a prior.
+SMALLEST_SHARE = 1e-4
 # Number of target training images from which BatchNorm statistics are taken.
 STATISTICS_IMAGES = 60
 # Random streams for the order of images.
@@ -209,9 +211,16 @@ def run_stages(job: Job) -> None:
         job.console.print(warning)
 
     source_only = train_source(job, out / SOURCE_ONLY)
-    statistics = take_statistics(job, out / STATISTICS, source_only) if s.compare else None
+    statistics = prior = None
+    if s.compare or s.prior == "predicted":
+        statistics = take_statistics(job, out / STATISTICS, source_only)
+    if s.prior == "predicted":
+        # A class that is never predicted must not make the divergence infinite.
+        prior = torch.tensor(statistics["watched"]["proportions"]).clamp_min(SMALLEST_SHARE)
+        prior /= prior.sum()
     adapted = {
-        name: adapt(job, name, chosen, source_only) for name, chosen in adaptations(s).items()
+        name: adapt(job, name, chosen, source_only, prior)
+        for name, chosen in adaptations(s).items()
     }
     if job.fabric.is_global_zero:
         write_results(
@@ -271,11 +280,17 @@ def train_source(job: Job, folder: Path) -> State:
         return stage.finish()
 
 
-def adapt(job: Job, name: str, chosen: Adaptation, source: State) -> State:
+def adapt(
+    job: Job, name: str, chosen: Adaptation, source: State, prior: torch.Tensor | None
+) -> State:
     """One adaptation of the source model by one method at one weight; returns its last state."""
     s = job.settings
-    methods = adaptation.methods(ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight)
+    methods = adaptation.methods(
+        ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight, prior=prior
+    )
     target_loss = methods[chosen.method]
+    if target_loss is not None:
+        target_loss.to(job.fabric.device)  # its prior is a buffer
     with Stage(job, name, chosen.folder, source) as stage:
         model, fabric_optimizer = stage.prepare(s.lr, s.steps)
         teacher = stage.make_teacher() if isinstance(target_loss, TeacherLoss) else None
@@ -457,7 +472,7 @@ class Stage:
         """Watch the network's predictions, score them if there are labels, and keep the best."""
         state, validation = self.state, self.job.validation
         state["watched"] = watched = self._watch()
-        self.log({f"target/{name}": value for name, value in watched.items()})
+        self.log({f"target/{name}": watched[name] for name in report.WATCHED})
         found = {"step": state["step"], **watched}
         if validation is not None:
             scores = self._score(validation)

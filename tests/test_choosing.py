@@ -180,6 +180,33 @@ def test_a_collapse_is_told_once(
     assert printed.count("warning") == warnings
 
 
+# The prior
+
+
+def test_a_predicted_prior_is_that_of_the_source_model_with_target_statistics(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    priors, methods = [], adaptation.methods
+
+    def noted(**options: Any) -> Any:
+        priors.append(options["prior"])
+        return methods(**options)
+
+    monkeypatch.setattr(adaptation, "methods", noted)
+    options = ("--method", "maxsquare-information", "--no-compare", "--steps", "1")
+    for prior in ("uniform", "predicted"):
+        assert train(tmp_path / prior, data_root, *options, "--prior", prior) == 0
+    expected = metrics_of(tmp_path / "predicted")["target_statistics"]["proportions"]
+    assert priors[0] is None and sum(expected) == pytest.approx(1)
+    torch.testing.assert_close(priors[1], torch.tensor(expected), atol=3e-3, rtol=0)
+    assert priors[1].min() > 0 and priors[1].sum().item() == pytest.approx(1)
+    uniform, predicted = (
+        trained(tmp_path / prior / "last.pt")["model"]["layer6.conv2d_list.0.weight"]
+        for prior in ("uniform", "predicted")
+    )
+    assert not torch.equal(uniform, predicted)
+
+
 # A target without any label
 
 

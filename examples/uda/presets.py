@@ -151,6 +151,10 @@ class Settings:
     ratio: float = 0.2
     """Exponent of the image-wise class weights, from -1 to 1: 0 gives all pixels the same weight, 1
     all classes, and a negative one gives the pixels of frequent classes more."""
+    prior: Literal["uniform", "predicted"] = "uniform"
+    """Class proportions to which methods called -information pull the mean prediction: the same for
+    all classes, or those that the source model predicts with BatchNorm statistics of the target,
+    which suits data in which one class (a background, say) covers most pixels."""
     threshold: float = 0.95
     """Confidence above which a prediction becomes a pseudo label or guides the low-level head."""
     low_weight: float = 0.1

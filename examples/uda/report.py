@@ -30,6 +30,12 @@ from uda.presets import Preset
 T = TypeVar("T")
 LIBRARIES = ("torch", "torchvision", "lightning-fabric")
 STOPPED = "Stopped before the end."
+# What is watched of predictions, its name in a table, and its format.
+WATCHED = {
+    "information": ("information (nats)", ".2f"),
+    "entropy": ("entropy (nats)", ".2f"),
+    "classes": ("predicted classes", "d"),
+}
 LOADER_KILLED = (
     "error: A process that loads images was killed, perhaps for want of memory: take fewer "
     "--workers, or free some."
@@ -81,6 +87,7 @@ def watched(statistics: Statistics) -> dict[str, Any]:
         "information": statistics.information.item(),
         "entropy": statistics.entropy.item(),
         "classes": int(statistics.classes),
+        "proportions": statistics.proportions.tolist(),
     }
 
 
@@ -89,11 +96,7 @@ def watched_table(columns: Mapping[str, Mapping[str, Any]], title: str) -> Table
     table = Table("on unlabelled target images", title=title)
     for name in columns:
         table.add_column(name, justify="right")
-    for label, key, form in (
-        ("information (nats)", "information", ".2f"),
-        ("entropy (nats)", "entropy", ".2f"),
-        ("predicted classes", "classes", "d"),
-    ):
+    for key, (label, form) in WATCHED.items():
         table.add_row(label, *(format(column[key], form) for column in columns.values()))
     return table
 
