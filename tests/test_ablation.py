@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,18 +24,22 @@ from scipy import stats
 from torch import Tensor
 
 import ablation
-from ablation import FULL, METHODS, ROWS, SOURCE_ONLY, STATISTICS, TUNING_SEEDS, Run
+from ablation import CRITERIA, FULL, METHODS, ROWS, SOURCE_ONLY, STATISTICS, Run
+from maxsquare import Statistics
 from street_scenes import SETTINGS, StreetScenes
 from uda import deeplab
 
 SEEDS = 3
 GRID = (0.1, 0.5, 2.5)
-# Where on the grid each method does best on the tuning seeds; on reported seeds it is elsewhere.
-BEST = dict(zip(METHODS, (0, 1, 2, 1, 1, 2), strict=True))
+
+
+def informative(seed: int, row: int) -> int:
+    """Where on the grid a method has the most information; it scores best elsewhere."""
+    return (seed + row) % len(GRID)
 
 
 class Numbers:
-    """A model is one number, and so is its score."""
+    """A model is a number, which is its score, and its information."""
 
     name = "numbers"
     score_name = "score (points)"
@@ -54,21 +59,40 @@ class Numbers:
         return {"points": source["points"] + 0.25 + seed % 2}
 
     def adapt(
-        self, source: dict[str, Tensor], seed: int, method: str, weight: float
+        self,
+        source: dict[str, Tensor],
+        seed: int,
+        method: str,
+        weight: float,
+        *,
+        prior: Tensor | None = None,
     ) -> dict[str, Tensor]:
         time.sleep(self.seconds)
         if method == "source":
             return {"points": source["points"] + 0.5 * seed}
-        distance = abs(GRID.index(weight) - BEST[method])
-        gain = 1 + distance + 0.125 * seed**2
-        if seed in TUNING_SEEDS:
-            # What one seed says is not what they say together.
-            gain = distance if seed == TUNING_SEEDS[0] else 8 - 3 * distance
-        return {"points": source["points"] + gain + METHODS.index(method)}
+        row = METHODS_OF.index((method, prior is not None))
+        distance = abs(GRID.index(weight) - informative(seed, row))
+        points = source["points"] + 1 + distance + 0.125 * seed**2 + row
+        return {"points": points, "information": torch.tensor(-float(distance))}
 
     def score(self, weights: dict[str, Tensor]) -> tuple[float, dict[str, float | None]]:
         points = weights["points"].item()
         return points, {"first": points / 2, "second": None}
+
+    def watch(self, weights: dict[str, Tensor]) -> Statistics:
+        points = weights["points"]
+        share = 1 / (1 + points / 10)
+        return Statistics(
+            entropy=-points,
+            proportions=torch.stack([share, 1 - share]),
+            diversity=points,
+            information=weights.get("information", -points),
+            classes=torch.tensor(2),
+        )
+
+
+# The method of each row with a target loss, and whether its prior is predicted.
+METHODS_OF = [(ROWS[name].method, ROWS[name].predicted_prior) for name in METHODS]
 
 
 @contextmanager
@@ -105,38 +129,96 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, numbers: None) -> Pa
 
 @pytest.fixture(scope="module")
 def summary(uninterrupted: Path) -> dict[str, Any]:
-    return ablation.summarize(*ablation.load(uninterrupted))
+    return ablation.summarize(*ablation.load(uninterrupted, SEEDS), SEEDS)
 
 
 # Protocol
 
 
-def test_weight_is_the_best_of_its_grid_over_the_tuning_seeds(summary: dict[str, Any]) -> None:
-    for method, tuning in summary["tuning"].items():
-        assert tuning["scores"][BEST[method]] == max(tuning["scores"])
-        assert tuning["chosen"] == GRID[BEST[method]]
-        assert tuning["at_the_edge"] == (BEST[method] != 1)
-    assert [summary["rows"][name]["weight"] for name in METHODS] == [
-        GRID[BEST[method]] for method in METHODS
-    ]
+def model(task: Numbers, name: str, seed: int, weight: float) -> dict[str, Tensor]:
+    """What a run of a row has to make."""
+    source = task.train_source(seed)
+    if name == SOURCE_ONLY:
+        return source
+    statistics = task.target_statistics(source, seed)
+    if name == STATISTICS:
+        return statistics
+    row = ROWS[name]
+    prior = task.watch(statistics).proportions if row.predicted_prior else None
+    return task.adapt(source, seed, str(row.method), weight, prior=prior)
 
 
-def test_rows_are_scores_of_the_reported_seeds_alone(summary: dict[str, Any]) -> None:
-    assert not {*TUNING_SEEDS} & {*range(SEEDS)}
+def test_a_row_takes_the_weight_of_the_highest_information(summary: dict[str, Any]) -> None:
+    for index, name in enumerate(METHODS):
+        chosen = [GRID[informative(seed, index)] for seed in range(SEEDS)]
+        assert summary["rows"][name]["weights"] == chosen
+        # By the labels it would have been another one.
+        for seed, at in enumerate(zip(*summary["grid"][name], strict=True)):
+            assert summary["rows"][name]["scores"][seed] == min(at) < max(at)
+
+
+def test_rows_are_scores_of_the_chosen_runs(summary: dict[str, Any]) -> None:
     assert list(summary["rows"]) == list(ROWS)
+    task = Numbers()
     for name, row in summary["rows"].items():
-        task, expected = Numbers(), []
-        for seed in range(SEEDS):
-            model = task.train_source(seed)
-            if name == STATISTICS:
-                model = task.target_statistics(model, seed)
-            elif name != SOURCE_ONLY:
-                method = ROWS[name].method
-                model = task.adapt(model, seed, method, GRID[BEST.get(method, 0)])
-            expected.append(task.score(model)[0])
+        weights = row["weights"] or [0.0] * SEEDS
+        expected = [task.score(model(task, name, seed, weights[seed]))[0] for seed in range(SEEDS)]
         assert row["scores"] == expected
         assert row["mean"] == pytest.approx(sum(expected) / SEEDS)
         assert row["per_class"] == {"first": pytest.approx(row["mean"] / 2), "second": None}
+
+
+def test_grid_and_effect_of_the_term_are_those_of_one_weight(summary: dict[str, Any]) -> None:
+    task = Numbers()
+    for name, grid in summary["grid"].items():
+        for weight, scores in zip(GRID, grid, strict=True):
+            models = [model(task, name, seed, weight) for seed in range(SEEDS)]
+            assert scores == [task.score(made)[0] for made in models]
+    assert len(summary["term"]) == len(ablation.TERM) * len(GRID)
+    for effect in summary["term"]:
+        at = GRID.index(effect["weight"])
+        both = (summary["grid"][effect[key]][at] for key in ("row", "against"))
+        deltas = [a - b for a, b in zip(*both, strict=True)]
+        assert effect["mean"] == pytest.approx(sum(deltas) / SEEDS)
+
+
+def test_criteria_are_judged_by_what_they_choose(summary: dict[str, Any]) -> None:
+    """Minus the entropy of these models is their score, which makes it the perfect criterion."""
+    perfect, found = summary["criteria"]["certainty"], summary["criteria"]["information"]
+    assert summary["criteria"].keys() == CRITERIA.keys()
+    assert perfect["correlation"] == pytest.approx([1.0] * SEEDS)
+    assert perfect["regret"] == perfect["regret_of_weight"] == [0.0] * SEEDS
+    for index, (missed, of_weight) in enumerate(
+        zip(found["regret"], found["regret_of_weight"], strict=True)
+    ):
+        # The weight of the highest information is the nearest one, which scores lowest.
+        far = [max(informative(index, row), 2 - informative(index, row)) for row in
+               range(len(METHODS))]  # fmt: skip
+        assert of_weight == pytest.approx(sum(far) / len(far))
+        assert missed > 0
+    # All models predict two classes: whoever chooses by that takes any of them.
+    every = [
+        Numbers().score(model(Numbers(), name, 0, weight))[0]
+        for name in ROWS
+        for weight in (GRID if name in METHODS else (0.0,))
+    ]
+    assert summary["criteria"]["classes"]["correlation"] == [0.0] * SEEDS
+    mean = sum(every) / len(every)
+    assert summary["criteria"]["classes"]["regret"][0] == pytest.approx(max(every) - mean)
+
+
+def test_steadiness_falls_with_entropy_and_with_a_drift_of_the_proportions() -> None:
+    def result(certainty: float, *proportions: float) -> dict[str, Any]:
+        return {"certainty": certainty, "proportions": list(proportions)}
+
+    finished: ablation.Finished = {Run(0, STATISTICS): result(-1.0, 0.5, 0.5)}
+
+    def steadiness(certainty: float, *proportions: float) -> float:
+        run = result(certainty, *proportions)
+        return ablation.add_steadiness(run, Run(0, "entropy", 1.0), finished)["steadiness"]
+
+    assert steadiness(-0.25, 0.5, 0.5) == pytest.approx(-0.25)
+    assert steadiness(0.0, 1.0, 0.0) == pytest.approx(-math.log(2))
 
 
 def test_batch_norm_share_is_measured_for_every_trained_row(summary: dict[str, Any]) -> None:
@@ -147,25 +229,24 @@ def test_batch_norm_share_is_measured_for_every_trained_row(summary: dict[str, A
         assert row["scores_with_target_statistics"] == (expected if trained else [])
 
 
-def test_nothing_starts_before_what_it_needs() -> None:
-    weights = Numbers.weights
-    sources = [Run(seed, SOURCE_ONLY) for seed in (*TUNING_SEEDS, 0, 1)]
-    assert ablation.startable(weights, 2, {}) == sources
-    done: ablation.Finished = {Run(0, SOURCE_ONLY): {"score": 1.0}}
-    untuned = {run for run in ablation.startable(weights, 2, done) if run.seed == 0}
-    assert untuned == {Run(0, SOURCE_ONLY), Run(0, STATISTICS), Run(0, "source")}
-    for seed in TUNING_SEEDS:
-        done[Run(seed, SOURCE_ONLY)] = {"score": 1.0}
-    tuning = ablation.tuning_runs(weights)
-    assert set(tuning) < set(ablation.startable(weights, 2, done))
-    first = [run for run in tuning if run.row == METHODS[0]]
-    assert len(first) == len(TUNING_SEEDS) * len(GRID)
-    for run in first[1:]:
-        done[run] = {"score": run.weight}
-    assert ablation.choose(weights, done) == {}  # one weight lacks a seed
-    done[first[0]] = {"score": 0.0}
-    assert ablation.choose(weights, done) == {METHODS[0]: GRID[-1]}
-    assert Run(0, METHODS[0], GRID[-1]) in ablation.startable(weights, 2, done)
+def test_nothing_starts_before_its_source_model() -> None:
+    runs = ablation.all_runs(GRID, 2)
+    assert len(runs) == 2 * (3 + len(METHODS) * len(GRID)) == len({*runs})
+    sources = [Run(seed, SOURCE_ONLY) for seed in range(2)]
+    assert ablation.startable(runs, {}) == sources
+    found = ablation.startable(runs, {sources[1]: {}})
+    assert set(found) == {sources[0], *(run for run in runs if run.seed == 1)}
+
+
+def test_more_seeds_continue_the_runs_of_fewer(uninterrupted: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(uninterrupted, work)
+    before = results(work)
+    options = ["--workers", "1", "--work", str(work), "--out", str(tmp_path / "out")]
+    assert ablation.main(["--seeds", str(SEEDS + 1), *options]) == 0
+    assert before.items() < results(work).items()
+    assert ablation.main(["--seeds", str(SEEDS), "--summary-only", *options]) == 0
+    assert json.loads((tmp_path / "out" / "ablation-numbers.json").read_text())["seeds"] == SEEDS
 
 
 # Intervals
@@ -242,18 +323,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_results(
     assert ablation.main(options) == 0
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())
     assert results(work) == results(uninterrupted)
-    assert results(work).keys() == {
-        f"{run.name}.json"
-        for run in (
-            *(Run(seed, SOURCE_ONLY) for seed in TUNING_SEEDS),
-            *ablation.tuning_runs(Numbers.weights),
-            *(
-                Run(seed, name, GRID[BEST[row.method]] if row.method in BEST else 0.0)
-                for seed in range(SEEDS)
-                for name, row in ROWS.items()
-            ),
-        )
-    }
+    assert results(work).keys() == {f"{run.name}.json" for run in ablation.all_runs(GRID, SEEDS)}
     assert {path.name for path in out.iterdir()} == {
         f"ablation-numbers.{suffix}" for suffix in ("json", "csv", "md", "png", "svg")
     }
@@ -262,7 +332,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_results(
 def test_summary_is_made_again_from_the_finished_runs(
     uninterrupted: Path, tmp_path: Path, summary: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = f"--summary-only --work {uninterrupted} --out {tmp_path}".split()
+    options = f"--summary-only --seeds {SEEDS} --work {uninterrupted} --out {tmp_path}".split()
     assert ablation.main(options) == 0
     assert capsys.readouterr().out.lstrip().startswith(ablation.QUESTION)
     document = json.loads((tmp_path / "ablation-numbers.json").read_text())
@@ -283,7 +353,6 @@ def test_summary_is_made_again_from_the_finished_runs(
 @pytest.mark.parametrize(
     ("options", "task", "sentence"),
     [
-        (["--seeds", "4"], Numbers(), "holds runs with seeds 3, not 4"),
         (["--seeds", "3"], Numbers(data="other"), "holds runs with base data none, not other"),
         (["--seeds", "1"], Numbers(), "--seeds 1 gives no interval"),
         (["--workers", "0"], Numbers(), "--workers must be positive"),
@@ -313,6 +382,7 @@ def test_summary_of_unfinished_runs_is_refused(
     uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--summary-only", "--work", str(tmp_path), "--out", str(tmp_path)]
+    options += ["--seeds", str(SEEDS)]
     assert ablation.main(options) == 2
     assert "holds no runs" in capsys.readouterr().err
     (tmp_path / "settings.json").write_bytes((uninterrupted / "settings.json").read_bytes())
@@ -397,10 +467,12 @@ def test_scenes_adapt_by_each_method_deterministically(
 ) -> None:
     before = {key: value.clone() for key, value in source.items()}
     adapted = []
-    for method in ("source", *METHODS):
-        weight = scenes.weights[-1]
-        adapted.append(scenes.adapt(source, 0, method, weight))
-        assert same(adapted[-1], scenes.adapt(source, 0, method, weight)), method
+    prior = torch.linspace(1, 2, 19) / 28.5
+    for method, predicted in (("source", False), *METHODS_OF):
+        call = (source, 0, str(method), scenes.weights[-1])
+        options = {"prior": prior} if predicted else {}
+        adapted.append(scenes.adapt(*call, **options))
+        assert same(adapted[-1], scenes.adapt(*call, **options)), method
     assert same(source, before)
     for i, one in enumerate(adapted):
         assert not any(same(one, other) for other in adapted[:i])

@@ -548,9 +548,7 @@ def summarize_criterion(
     for seed in range(seeds):
         models = {name: runs_of(seed, name, weights) for name in ROWS}
         every = [finished[run] for runs in models.values() for run in runs]
-        found["correlation"].append(
-            float(spearmanr([m[criterion] for m in every], [m["score"] for m in every]).statistic)
-        )
+        found["correlation"].append(correlation(every, criterion))
         found["regret"].append(regret(every, criterion))
         found["regret_of_weight"].append(
             statistics.mean(
@@ -558,6 +556,12 @@ def summarize_criterion(
             )
         )
     return found
+
+
+def correlation(models: Sequence[Mapping[str, Any]], criterion: str) -> float:
+    """Spearman's, of the criterion with the score; 0 where the criterion tells no models apart."""
+    values, scores = ([model[key] for model in models] for key in (criterion, "score"))
+    return float(spearmanr(values, scores).statistic) if len({*values}) > 1 else 0.0
 
 
 def regret(models: Sequence[Mapping[str, Any]], criterion: str) -> float:
