@@ -19,6 +19,7 @@ from uda.adaptation import (
     BackboneUpdates,
     RepeatedSGD,
     adaptation_step,
+    make_teacher,
     methods,
     parameter_groups,
     poly_lr,
@@ -255,8 +256,9 @@ def test_every_method_has_its_own_effect_on_the_weights(name: str) -> None:
     source_step(without, sgd(without), source_images, source_labels, low_weight=0.1)
     loss = methods(threshold=0.4)[name]
     assert loss is not None
+    teacher = {"teacher": make_teacher(adapted)} if name == "teacher" else {}
     losses = adaptation_step(
-        adapted, sgd(adapted), *small_batch(), loss, target_weight=1.0, low_weight=0.1
+        adapted, sgd(adapted), *small_batch(), loss, target_weight=1.0, low_weight=0.1, **teacher
     )
     assert all(value.isfinite() and not value.requires_grad for value in losses)
     assert not torch.equal(adapted.layer4[0].conv1.weight, without.layer4[0].conv1.weight)
