@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maxsquare import functional
-from maxsquare.checks import check_labels, check_logits, check_map, check_options, check_size
+from maxsquare.checks import (
+    can_read,
+    check_labels,
+    check_logits,
+    check_map,
+    check_options,
+    check_size,
+    warn_of_probabilities,
+)
 from maxsquare.engine.plain import LOWEST_LOGIT
 from maxsquare.functional import Size
 from maxsquare.losses import _TargetLoss
@@ -212,6 +220,8 @@ class PredictionStatistics:
             counts.sum(0).to(widest),
         )
         if not self._sums:
+            if z.is_cpu and can_read(z):  # on a GPU the host would wait
+                warn_of_probabilities(type(self).__name__, "logits", z, "softmax", True)
             self._sums = list(parts)
             return
         if len(self._sums[2]) != len(parts[2]):

@@ -26,6 +26,8 @@ from maxsquare.checks import (
     check_ratio,
     check_size,
     check_teacher,
+    warn_at_first_call,
+    warn_of_uncounted,
 )
 from maxsquare.engine import LogitsSpec
 from maxsquare.potentials import CrossEntropy, Potential, Tsallis
@@ -191,6 +193,7 @@ def guidance_labels(
     check_options(threshold=threshold, ignore_index=ignore_index)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     (low_logits,) = check_heads([low_logits], logits, resized=size is not None)
+    warn_at_first_call("low_logits", [low_logits], activation, from_logits)
     low = _images(low_logits, spec)
     y, _ = engine.classify(low, z, None, valid, spec, float(threshold))
     y = y.long()
@@ -214,8 +217,10 @@ def guidance_loss(
     """Low-level heads learn from the averaged prediction: `maxsquare.MultiLevelGuidance`."""
     check_options(reduction=reduction, threshold=threshold)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    heads = check_heads(low_logits, logits, resized=size is not None)
+    warn_at_first_call("low_logits", heads, activation, from_logits)
     losses = []
-    for head in check_heads(low_logits, logits, resized=size is not None):
+    for head in heads:
         low = _images(head, spec)
         y, counts = engine.classify(low, z, None, valid, spec, float(threshold))
         losses.append(_label_loss(logits, low, y, counts, reduction, spec))
@@ -273,7 +278,7 @@ def cross_entropy(
     check_options(reduction=reduction, ignore_index=ignore_index)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation)
     check_labels(labels)
-    check_map("labels", labels, logits, spec.spatial(z))
+    check_map("labels", labels, logits, spec.spatial(z), overlapping=spec.binary)
     y, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
     classes = max(logits.shape[1], 2)
     check_classes(labels, counts[..., -1], classes, ignore_index)
@@ -309,8 +314,7 @@ def image_weights(
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     y, counts = engine.classify(z, None, None, valid, spec)
     if labels is not None:
-        check_map("labels", labels, logits, spec.spatial(z))
-        _, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
+        counts = _label_counts(labels, logits, z, valid, ignore_index, spec)
     classes = spec.classes(z)
     weights = _class_weights(counts, ratio, z.dtype)
     y = y.long()
@@ -366,6 +370,7 @@ def teacher_loss(
     check_options(reduction=reduction, threshold=threshold, average=average)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     check_teacher(teacher_logits, logits, resized=size is not None)
+    warn_at_first_call("teacher_logits", [teacher_logits], activation, from_logits)
     teacher = _images(teacher_logits, spec)
     y, counts = engine.classify(teacher, None, None, valid, spec, float(threshold))
     accepted = counts[:, :-1].sum()
@@ -442,8 +447,7 @@ def prediction_divergence(
         _, predicted = engine.classify(z, None, None, counted_map, spec)
         counts = predicted
         if labels is not None:
-            check_map("labels", labels, logits, spec.spatial(z))
-            _, counts = _label_classes(labels, logits, z, counted_map, ignore_index, spec)
+            counts = _label_counts(labels, logits, z, counted_map, ignore_index, spec)
         class_weights = _class_weights(counts, ratio, z.dtype)
         weight = (class_weights * predicted[:, :-1]).sum(1)
         weight = weight / max(z.shape[0], 1) if reduction == "mean" else weight
@@ -523,8 +527,7 @@ def _tsallis_loss(
     else:
         y, counts = engine.classify(z, None, None, valid, spec)
         if labels is not None:
-            check_map("labels", labels, logits, spec.spatial(z))
-            _, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
+            counts = _label_counts(labels, logits, z, valid, ignore_index, spec)
         weights = multiple * _class_weights(counts, ratio, z.dtype)
         weights = weights / max(z.shape[0], 1) if reduction == "mean" else weights
     return _reduce(logits, z, weights, y, valid, potential, reduction, spec)
@@ -569,6 +572,7 @@ def _prepare(
     size = check_size(size, logits)
     binary = activation == "sigmoid"
     spec = LogitsSpec(size, bool(align_corners), binary, bool(from_logits))
+    warn_at_first_call("logits", [logits], activation, from_logits)
     z = _images(logits, spec)
     if valid is not None:
         check_map("valid", valid, logits, spec.spatial(z))
@@ -593,6 +597,21 @@ def _class_weights(counts: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
     total = n.sum(1, keepdim=True)
     weights = 1 / torch.where(total > 0, n**ratio * total ** (1 - ratio), 1).clamp_min(1)
     return weights.to(engine.accumulation_dtype(dtype))
+
+
+def _label_counts(
+    labels: Tensor,
+    logits: Tensor,
+    z: Tensor,
+    valid: Tensor | None,
+    ignore_index: int,
+    spec: LogitsSpec,
+) -> Tensor:
+    """The counts of classes in every image, from a label map."""
+    check_map("labels", labels, logits, spec.spatial(z))
+    y, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
+    warn_of_uncounted(counts, y, valid, logits.shape[1] if spec.binary else 1)
+    return counts
 
 
 def _label_classes(

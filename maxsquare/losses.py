@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from maxsquare import functional
 from maxsquare.checks import (
     can_read,
-    check_logits,
     check_options,
     check_prior,
     check_ratio,
@@ -22,9 +21,10 @@ from maxsquare.functional import Size
 class _Loss(nn.Module):
     """A loss whose options are its public attributes."""
 
+    _input_was_read = False
+
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self._input_was_read = False
         check_options(**options)
         for name, value in options.items():
             setattr(self, name, value)
@@ -39,14 +39,16 @@ class _Loss(nn.Module):
         public.pop("training", None)
         return ", ".join(f"{name}={value!r}" for name, value in public.items())
 
-    def _warn_if_probabilities(self, logits: Tensor) -> None:
-        """Warn, at the first call only, of probabilities given as logits and the reverse."""
-        if self._input_was_read or not isinstance(logits, Tensor) or not can_read(logits):
-            return
-        self._input_was_read = True
-        activation, from_logits = str(self.activation), bool(self.from_logits)
-        check_logits("logits", logits, activation)
-        warn_of_probabilities(type(self).__name__, logits, activation, from_logits)
+
+def _warn_of_probabilities(loss: nn.Module, options: nn.Module, **heads: Any) -> None:
+    """Warn, at the first call only, of probabilities given as logits and the reverse."""
+    activation, from_logits = str(options.activation), bool(options.from_logits)
+    for argument, given in heads.items():
+        for head in given if isinstance(given, (list, tuple)) else [given]:
+            if not can_read(head):
+                return
+            warn_of_probabilities(type(loss).__name__, argument, head, activation, from_logits)
+    loss._input_was_read = True  # type: ignore[assignment]
 
 
 class _TargetLoss(_Loss):
@@ -64,9 +66,7 @@ class _TargetLoss(_Loss):
         labels: Tensor | None = None,
     ) -> Tensor:
         """The loss of logits (N, C, *spatial); the class documents the arguments."""
-        if not self._input_was_read:
-            self._warn_if_probabilities(logits)
-        return type(self).function(
+        value = type(self).function(
             logits,
             size=size,
             align_corners=align_corners,
@@ -74,6 +74,9 @@ class _TargetLoss(_Loss):
             labels=labels,
             **self.options(),
         )
+        if not self._input_was_read:
+            _warn_of_probabilities(self, self, logits=logits)
+        return value
 
     def _entropy(self, classes: int) -> tuple[float, float]:
         """q and the factor of the Tsallis entropy S_q in this loss."""
@@ -473,9 +476,7 @@ class TeacherLoss(_Loss):
         valid: Tensor | None = None,
     ) -> Tensor:
         """The student's loss; the class documents the arguments."""
-        if not self._input_was_read:
-            self._warn_if_probabilities(logits)
-        return functional.teacher_loss(
+        value = functional.teacher_loss(
             logits,
             teacher_logits,
             size=size,
@@ -483,6 +484,9 @@ class TeacherLoss(_Loss):
             valid=valid,
             **self.options(),
         )
+        if not self._input_was_read:
+            _warn_of_probabilities(self, self, logits=logits, teacher_logits=teacher_logits)
+        return value
 
 
 class InformationMaximizationLoss(nn.Module):
@@ -642,9 +646,7 @@ class MultiLevelGuidance(_Loss):
         valid: Tensor | None = None,
     ) -> Tensor:
         """The sum of the low-level heads' losses; the class documents the arguments."""
-        if not self._input_was_read:
-            self._warn_if_probabilities(logits)
-        return functional.guidance_loss(
+        value = functional.guidance_loss(
             logits,
             low_logits,
             size=size,
@@ -652,6 +654,9 @@ class MultiLevelGuidance(_Loss):
             valid=valid,
             **self.options(),
         )
+        if not self._input_was_read:
+            _warn_of_probabilities(self, self, logits=logits, low_logits=low_logits)
+        return value
 
 
 class MultiLevelLoss(nn.Module):
@@ -682,6 +687,8 @@ class MultiLevelLoss(nn.Module):
 
     Source: M. Chen et al., ICCV 2019, the full objective on the target domain.
     """
+
+    _input_was_read = False
 
     def __init__(
         self, target_loss: nn.Module, threshold: float = 0.95, weight: float = 0.1
@@ -716,6 +723,9 @@ class MultiLevelLoss(nn.Module):
             from_logits=self.target_loss.from_logits,  # type: ignore[arg-type]
             **call,
         )
+        if not self._input_was_read:
+            # The target loss reads the logits.
+            _warn_of_probabilities(self, self.target_loss, low_logits=low_logits)
         return target + self.weight * guidance
 
     def extra_repr(self) -> str:

@@ -795,6 +795,7 @@ def test_every_constructor_option_changes_the_result(one: nn.Module, other: nn.M
 
 
 @each_loss
+@pytest.mark.filterwarnings("ignore:.*what looks like probabilities:UserWarning")
 def test_from_logits_changes_the_result(member: Member) -> None:
     inputs = tuple(x.softmax(1) for x in (LOGITS, LOW_LOGITS)[: member.heads])
     difference = member.function(*inputs) - member.function(*inputs, from_logits=False)
