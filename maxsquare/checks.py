@@ -11,9 +11,21 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+Reduction = Literal["mean", "sum", "none"]
+Scale = Literal["paper", "reference"]
+Activation = Literal["softmax", "sigmoid"]
+Average = Literal["accepted", "valid", "share"]
+CHOICES = {
+    "reduction": get_args(Reduction),
+    "scale": get_args(Scale),
+    "activation": get_args(Activation),
+    "average": get_args(Average),
+}
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (
@@ -49,14 +61,14 @@ def check_options(
     ignore_index: int = -1,
 ) -> None:
     """Raise for the first option that is not what it must be."""
-    for name, value, choices in (
-        ("reduction", reduction, ("mean", "sum", "none")),
-        ("scale", scale, ("paper", "reference")),
-        ("activation", activation, ("softmax", "sigmoid")),
-        ("average", average, ("accepted", "valid", "share")),
+    for name, value in (
+        ("reduction", reduction),
+        ("scale", scale),
+        ("activation", activation),
+        ("average", average),
     ):
-        if not isinstance(value, str) or value not in choices:
-            wanted = " or ".join(map(repr, choices))
+        if not isinstance(value, str) or value not in CHOICES[name]:
+            wanted = " or ".join(map(repr, CHOICES[name]))
             raise ValueError(f"{name} must be {wanted}, not {value!r}")
     for name, flag in (("from_logits", from_logits), ("align_corners", align_corners)):
         # NumPy's bool, without NumPy.

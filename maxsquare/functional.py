@@ -16,6 +16,10 @@ from torch import Tensor
 
 from maxsquare import engine
 from maxsquare.checks import (
+    Activation,
+    Average,
+    Reduction,
+    Scale,
     check_classes,
     check_heads,
     check_image_wise,
@@ -57,9 +61,9 @@ def max_square(
     valid: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -1,
-    reduction: str = "mean",
-    scale: str = "paper",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    scale: Scale = "paper",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """-1/2 sum_c p_c^2: `maxsquare.MaxSquareLoss`; with a ratio, `maxsquare.IWMaxSquareLoss`."""
@@ -90,9 +94,9 @@ def entropy(
     valid: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -1,
-    reduction: str = "mean",
-    scale: str = "paper",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    scale: Scale = "paper",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """-sum_c p_c log p_c: `maxsquare.EntropyLoss`; with a ratio, `maxsquare.IWEntropyLoss`."""
@@ -123,9 +127,9 @@ def tsallis_entropy(
     valid: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -1,
-    reduction: str = "mean",
-    scale: str = "paper",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    scale: Scale = "paper",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """(1 - sum_c p_c^q) / (q - 1): `maxsquare.TsallisEntropyLoss`."""
@@ -154,8 +158,8 @@ def pseudo_label_loss(
     align_corners: bool = False,
     valid: Tensor | None = None,
     labels: Tensor | None = None,
-    reduction: str = "mean",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """Cross entropy against the confident prediction itself: `maxsquare.PseudoLabelLoss`."""
@@ -175,7 +179,7 @@ def guidance_labels(
     align_corners: bool = False,
     valid: Tensor | None = None,
     ignore_index: int = -1,
-    activation: str = "softmax",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """The self-produced labels of `maxsquare.MultiLevelGuidance`, int64 (N, *spatial).
@@ -210,8 +214,8 @@ def guidance_loss(
     size: Size = None,
     align_corners: bool = False,
     valid: Tensor | None = None,
-    reduction: str = "mean",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """Low-level heads learn from the averaged prediction: `maxsquare.MultiLevelGuidance`."""
@@ -235,8 +239,8 @@ def cross_entropy(
     align_corners: bool = False,
     valid: Tensor | None = None,
     ignore_index: int = -1,
-    reduction: str = "mean",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    activation: Activation = "softmax",
 ) -> Tensor:
     r"""Cross entropy -log p_y of labelled pixels, the upsampling of the logits included.
 
@@ -294,7 +298,7 @@ def image_weights(
     valid: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -1,
-    activation: str = "softmax",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     r"""The weight that an image-wise loss gives to every pixel, (N, *spatial); 0 if not valid.
@@ -329,7 +333,7 @@ def class_proportions(
     size: Size = None,
     align_corners: bool = False,
     valid: Tensor | None = None,
-    activation: str = "softmax",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     r"""The mean probability of every class over the valid pixels of an image, (N, C).
@@ -358,12 +362,12 @@ def teacher_loss(
     teacher_logits: Tensor,
     *,
     threshold: float = 0.95,
-    average: str = "accepted",
+    average: Average = "accepted",
     size: Size = None,
     align_corners: bool = False,
     valid: Tensor | None = None,
-    reduction: str = "mean",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """Cross entropy against the classes of a sure teacher: `maxsquare.TeacherLoss`."""
@@ -396,8 +400,8 @@ def prediction_divergence(
     valid: Tensor | None,
     labels: Tensor | None,
     ignore_index: int,
-    reduction: str,
-    activation: str,
+    reduction: Reduction,
+    activation: Activation,
     from_logits: bool,
 ) -> Tensor:
     """The divergence D_q of `maxsquare.InformationMaximizationLoss`, times the pixels' weights.
@@ -463,13 +467,13 @@ def prediction_counts(
     return counts.sum(1), counts[:, :-1]
 
 
-def max_square_factor(ratio: float | None, scale: str, classes: int) -> float:
+def max_square_factor(ratio: float | None, scale: Scale, classes: int) -> float:
     """The factor of S_2 in the maximum squares loss."""
     # The published image-wise code leaves out the half.
     return 0.5 * scale_factor(scale, classes, 1 if ratio is None else 2)
 
 
-def scale_factor(scale: str, classes: int, reference_factor: float = 1) -> float:
+def scale_factor(scale: Scale, classes: int, reference_factor: float = 1) -> float:
     """What `scale` multiplies a loss by."""
     return 1.0 if scale == "paper" else reference_factor / classes
 
@@ -508,9 +512,9 @@ def _tsallis_loss(
     valid: Tensor | None,
     labels: Tensor | None,
     ignore_index: int,
-    reduction: str,
-    scale: str,
-    activation: str,
+    reduction: Reduction,
+    scale: Scale,
+    activation: Activation,
     from_logits: bool,
 ) -> Tensor:
     """factor(C) times the potential."""
@@ -534,7 +538,7 @@ def _tsallis_loss(
 
 
 def _label_loss(
-    logits: Tensor, z: Tensor, y: Tensor, counts: Tensor, reduction: str, spec: LogitsSpec
+    logits: Tensor, z: Tensor, y: Tensor, counts: Tensor, reduction: Reduction, spec: LogitsSpec
 ) -> Tensor:
     """Cross entropy against the classes y."""
     weights = _mean_weights(counts[..., :-1].sum(), z, reduction)
@@ -548,7 +552,7 @@ def _reduce(
     y: Tensor | None,
     valid: Tensor | None,
     potential: Potential,
-    reduction: str,
+    reduction: Reduction,
     spec: LogitsSpec,
 ) -> Tensor:
     """The sum of the weighted potentials, or each of them."""
@@ -563,7 +567,7 @@ def _prepare(
     size: Size,
     align_corners: bool,
     valid: Tensor | None,
-    activation: str = "softmax",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> tuple[Tensor, Tensor | None, LogitsSpec]:
     """Check what all losses are given: the logits and the mask of images, and how to read them."""
@@ -580,7 +584,9 @@ def _prepare(
     return z, valid, spec
 
 
-def _mean_weights(counted: Tensor | int, z: Tensor, reduction: str, factor: float = 1) -> Tensor:
+def _mean_weights(
+    counted: Tensor | int, z: Tensor, reduction: Reduction, factor: float = 1
+) -> Tensor:
     """(N, 1) weights of the pixels of images in their sum, or in the mean over those counted."""
     weights = z.new_full((z.shape[0], 1), factor, dtype=engine.accumulation_dtype(z.dtype))
     if reduction != "mean":

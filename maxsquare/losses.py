@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from maxsquare import functional
 from maxsquare.checks import (
+    Activation,
+    Average,
+    Reduction,
+    Scale,
     can_read,
     check_options,
     check_prior,
@@ -136,9 +140,9 @@ class MaxSquareLoss(_TargetLoss):
         *,
         ratio: float | None = None,
         ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        scale: Scale = "paper",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         super().__init__(
@@ -200,9 +204,9 @@ class IWMaxSquareLoss(MaxSquareLoss):
         ratio: float = 0.2,
         *,
         ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        scale: Scale = "paper",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         check_ratio(ratio)
@@ -252,9 +256,9 @@ class EntropyLoss(_TargetLoss):
         *,
         ratio: float | None = None,
         ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        scale: Scale = "paper",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         super().__init__(
@@ -303,9 +307,9 @@ class IWEntropyLoss(EntropyLoss):
         ratio: float = 0.2,
         *,
         ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        scale: Scale = "paper",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         check_ratio(ratio)
@@ -355,9 +359,9 @@ class TsallisEntropyLoss(_TargetLoss):
         ratio: float | None = None,
         *,
         ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        scale: Scale = "paper",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         super().__init__(
@@ -404,8 +408,8 @@ class PseudoLabelLoss(_TargetLoss):
         self,
         threshold: float = 0.95,
         *,
-        reduction: str = "mean",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         super().__init__(
@@ -452,10 +456,10 @@ class TeacherLoss(_Loss):
     def __init__(
         self,
         threshold: float = 0.95,
-        average: str = "accepted",
+        average: Average = "accepted",
         *,
-        reduction: str = "mean",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         super().__init__(
@@ -573,11 +577,11 @@ class InformationMaximizationLoss(nn.Module):
         return target + self.weight * factor * divergence
 
     @property
-    def reduction(self) -> str:
+    def reduction(self) -> Reduction:
         return self.target_loss.reduction  # type: ignore[return-value]
 
     @property
-    def activation(self) -> str:
+    def activation(self) -> Activation:
         return self.target_loss.activation  # type: ignore[return-value]
 
     @property
@@ -625,8 +629,8 @@ class MultiLevelGuidance(_Loss):
         self,
         threshold: float = 0.95,
         *,
-        reduction: str = "mean",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         super().__init__(
