@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -116,34 +116,41 @@ def check_logits(name: str, logits: Tensor, activation: str) -> None:
         )
 
 
-def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, int] | None:
-    """`size` as (height, width); only logits with two spatial dimensions have one."""
+def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, ...] | None:
+    """`size` as one int for each spatial dimension of the logits."""
     if size is None:
         return None
+    dims = logits.dim() - 2
     # The elements of bytes are ints.
-    pair = size if isinstance(size, (list, tuple)) else (size, size)
-    for length in pair:
+    lengths: Any = size if isinstance(size, (list, tuple)) else (size,) * max(dims, 1)
+    axes = ("depth", "height", "width")[3 - dims :] if dims else ()
+    wanted = f"({', '.join(axes)}{',' if dims == 1 else ''})"
+    for length in lengths:
         if isinstance(length, bool) or not isinstance(length, (Integral, torch.SymInt)):
-            raise TypeError(f"size must be one or two ints (height, width), not {size!r}")
-    if len(pair) != 2 or pair[0] < 1 or pair[1] < 1:
+            raise TypeError(f"size must be ints {wanted}, not {size!r}")
+    if not dims or 0 in logits.shape[2:]:
         raise ValueError(
-            "size must be one or two positive ints (height, width), for upsampling is "
-            f"two-dimensional only, not {size!r}"
+            "size needs logits of shape (N, C, *spatial), with pixels to interpolate, not "
+            f"{tuple(logits.shape)}: write size=None"
         )
-    if logits.dim() != 4 or 0 in logits.shape[2:]:
+    if len(lengths) != dims:
         raise ValueError(
-            "size needs logits of shape (N, C, height, width), for upsampling is two-dimensional "
-            f"only, not {tuple(logits.shape)}"
+            f"size must be {wanted} for logits of shape {tuple(logits.shape)}, not {size!r}: write "
+            f"size=images.shape[-{dims}:]"
         )
-    height, width = (int(n) if isinstance(n, Integral) else n for n in pair)
+    if any(length < 1 for length in lengths):
+        raise ValueError(f"size must be positive ints {wanted}, not {size!r}")
+    lengths = tuple(int(n) if isinstance(n, Integral) else n for n in lengths)
     # A compiler would guard the comparison of dynamic sizes.
-    if not torch.compiler.is_compiling() and (height < logits.shape[2] or width < logits.shape[3]):
+    if not torch.compiler.is_compiling() and any(
+        a < b for a, b in zip(lengths, logits.shape[2:], strict=True)
+    ):
         warn(
-            f"size {(height, width)} is smaller than the logits {tuple(logits.shape[2:])}, and "
-            "interpolation leaves pixels out: size is the (height, width) of the labels or "
-            "images, not a factor; write size=None for a loss at the logits' own resolution."
+            f"size {lengths} is smaller than the logits {tuple(logits.shape[2:])}, and "
+            f"interpolation leaves pixels out: size is the {wanted} of the labels or images, not "
+            "a factor; write size=None for a loss at the logits' own resolution."
         )
-    return height, width
+    return lengths  # type: ignore[no-any-return]
 
 
 def check_heads(

@@ -254,7 +254,7 @@ def cross_entropy(
         labels: (N, *spatial of the result), integers. -1 and `ignore_index` do not count; any
             other label outside 0..C-1 is an error on the CPU, and makes the loss NaN on a GPU (to
             raise an error, the host would have to wait for it).
-        size: height and width to which the logits are upsampled bilinearly first.
+        size: one int for each spatial dimension, to which the logits are upsampled linearly first.
         align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
         valid: bool, the shape of `labels`; pixels that count.
         ignore_index: a further label that does not count.

@@ -111,6 +111,8 @@ class MaxSquareLoss(_TargetLoss):
         logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
             float32 or float64, any strides. (N, C) is one image of N pixels.
         size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
+            (depth, height, width) and (length,) upsample trilinearly and linearly, with the
+            upsampled logits in memory.
         align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
         valid: bool (N, *spatial of the result), the pixels that count; None: all.
 

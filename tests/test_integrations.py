@@ -18,6 +18,7 @@ from maxsquare import MaxSquareLoss, functional
 
 FOLDER = Path(__file__).parents[1] / "examples" / "integrations"
 LIBRARIES = {
+    "deep_supervision": "torch",
     "lightning_module": "lightning",
     "mean_teacher": "torchvision",
     "monai_unet": "monai",
