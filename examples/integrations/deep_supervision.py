@@ -7,8 +7,7 @@ align_corners: False, or that of the network's own upsampling.
 import torch
 from torch import nn
 
-from maxsquare import IWMaxSquareLoss, MultiLevelLoss
-from maxsquare.functional import cross_entropy
+from maxsquare import IWMaxSquareLoss, MultiLevelLoss, functional
 
 
 class Network(nn.Module):
@@ -28,9 +27,9 @@ def main():
     target_loss = MultiLevelLoss(IWMaxSquareLoss(), threshold=0.3)  # 0.95 once it is trained
     for step in range(3):
         (source, target), labels = torch.randn(2, 2, 1, 8, 16, 16), torch.randint(4, (2, 8, 16, 16))
-        size, (logits, *low_logits) = labels.shape[-3:], network(target)
+        (logits, *low_logits), size = network(target), labels.shape[-3:]
         heads = enumerate(network(source))  # of full, half and quarter resolution
-        loss = sum(0.5**i * cross_entropy(head, labels, size=size) for i, head in heads)
+        loss = sum(0.5**i * functional.cross_entropy(head, labels, size=size) for i, head in heads)
         optimizer.zero_grad()
         (loss + 0.1 * target_loss(logits, low_logits, size=size)).backward()
         optimizer.step()
