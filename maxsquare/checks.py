@@ -1,7 +1,7 @@
 """What every argument must be: TypeError for the wrong kind, ValueError for the wrong value.
 
-No check reads the elements of a tensor on a GPU, so none waits for it; `warn_of_probabilities`
-does, once for every module.
+What has a defined result but is likely a mistake is a warning. No check reads the elements of a
+tensor on a GPU, so none waits for it; `warn_of_probabilities` does, once for every module.
 """
 
 from __future__ import annotations
@@ -11,9 +11,21 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+Reduction = Literal["mean", "sum", "none"]
+Scale = Literal["paper", "reference"]
+Activation = Literal["softmax", "sigmoid"]
+Average = Literal["accepted", "valid", "share"]
+CHOICES = {
+    "reduction": get_args(Reduction),
+    "scale": get_args(Scale),
+    "activation": get_args(Activation),
+    "average": get_args(Average),
+}
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (
@@ -26,6 +38,10 @@ LARGEST_WEIGHT = sys.float_info.max
 PROBABILITY_TOLERANCE = 0.02
 # How far from 1 the sum of a prior may be.
 PRIOR_TOLERANCE = 1e-3
+# They take no probabilities.
+LOGITS_ALONE = ("cross_entropy", "PredictionStatistics")
+# nn.Module's wrappers of forward, and those of no_grad, stand between a caller and the library.
+LIBRARIES = ("maxsquare.", "torch.")
 # The logits of fewer pixels may look like probabilities by chance.
 FEWEST_PIXELS = 16
 
@@ -45,14 +61,14 @@ def check_options(
     ignore_index: int = -1,
 ) -> None:
     """Raise for the first option that is not what it must be."""
-    for name, value, choices in (
-        ("reduction", reduction, ("mean", "sum", "none")),
-        ("scale", scale, ("paper", "reference")),
-        ("activation", activation, ("softmax", "sigmoid")),
-        ("average", average, ("accepted", "valid", "share")),
+    for name, value in (
+        ("reduction", reduction),
+        ("scale", scale),
+        ("activation", activation),
+        ("average", average),
     ):
-        if not isinstance(value, str) or value not in choices:
-            wanted = " or ".join(map(repr, choices))
+        if not isinstance(value, str) or value not in CHOICES[name]:
+            wanted = " or ".join(map(repr, CHOICES[name]))
             raise ValueError(f"{name} must be {wanted}, not {value!r}")
     for name, flag in (("from_logits", from_logits), ("align_corners", align_corners)):
         # NumPy's bool, without NumPy.
@@ -100,27 +116,41 @@ def check_logits(name: str, logits: Tensor, activation: str) -> None:
         )
 
 
-def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, int] | None:
-    """`size` as (height, width); only logits with two spatial dimensions have one."""
+def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, ...] | None:
+    """`size` as one int for each spatial dimension of the logits."""
     if size is None:
         return None
+    dims = logits.dim() - 2
     # The elements of bytes are ints.
-    pair = size if isinstance(size, (list, tuple)) else (size, size)
-    for length in pair:
+    lengths: Any = size if isinstance(size, (list, tuple)) else (size,) * max(dims, 1)
+    axes = ("depth", "height", "width")[3 - dims :] if dims else ()
+    wanted = f"({', '.join(axes)}{',' if dims == 1 else ''})"
+    for length in lengths:
         if isinstance(length, bool) or not isinstance(length, (Integral, torch.SymInt)):
-            raise TypeError(f"size must be one or two ints (height, width), not {size!r}")
-    if len(pair) != 2 or pair[0] < 1 or pair[1] < 1:
+            raise TypeError(f"size must be ints {wanted}, not {size!r}")
+    if not dims or 0 in logits.shape[2:]:
         raise ValueError(
-            "size must be one or two positive ints (height, width), for upsampling is "
-            f"two-dimensional only, not {size!r}"
+            "size needs logits of shape (N, C, *spatial), with pixels to interpolate, not "
+            f"{tuple(logits.shape)}: write size=None"
         )
-    if logits.dim() != 4 or 0 in logits.shape[2:]:
+    if len(lengths) != dims:
         raise ValueError(
-            "size needs logits of shape (N, C, height, width), for upsampling is two-dimensional "
-            f"only, not {tuple(logits.shape)}"
+            f"size must be {wanted} for logits of shape {tuple(logits.shape)}, not {size!r}: write "
+            f"size=images.shape[-{dims}:]"
         )
-    height, width = (int(n) if isinstance(n, Integral) else n for n in pair)
-    return height, width
+    if any(length < 1 for length in lengths):
+        raise ValueError(f"size must be positive ints {wanted}, not {size!r}")
+    lengths = tuple(int(n) if isinstance(n, Integral) else n for n in lengths)
+    # A compiler would guard the comparison of dynamic sizes.
+    if not torch.compiler.is_compiling() and any(
+        a < b for a, b in zip(lengths, logits.shape[2:], strict=True)
+    ):
+        warn(
+            f"size {lengths} is smaller than the logits {tuple(logits.shape[2:])}, and "
+            f"interpolation leaves pixels out: size is the {wanted} of the labels or images, not "
+            "a factor; write size=None for a loss at the logits' own resolution."
+        )
+    return lengths  # type: ignore[no-any-return]
 
 
 def check_heads(
@@ -140,9 +170,17 @@ def check_heads(
             raise ValueError(
                 f"low_logits must match the shape of logits {tuple(logits.shape)}"
                 f"{' up to height and width' if resized else ''}, not {tuple(head.shape)}"
+                f"{_hint_of_size(same, resized, logits)}"
             )
         _same_device("low_logits", head, logits)
     return list(heads)
+
+
+def _hint_of_size(same: bool, resized: bool, logits: Tensor) -> str:
+    """What to write where two heads differ in their resolution alone."""
+    if not same or resized or logits.dim() < 3:
+        return ""
+    return f": write size=images.shape[-{logits.dim() - 2}:], to which the loss upsamples both"
 
 
 def check_image_wise(labels: Tensor | None, ratio: float | None) -> None:
@@ -166,6 +204,7 @@ def check_teacher(teacher_logits: Tensor, logits: Tensor, *, resized: bool) -> N
         raise ValueError(
             f"teacher_logits must match the shape of logits {tuple(logits.shape)}"
             f"{' up to height and width' if resized else ''}, not {tuple(teacher_logits.shape)}"
+            f"{_hint_of_size(same, resized, logits)}"
         )
     _same_device("teacher_logits", teacher_logits, logits)
 
@@ -185,22 +224,71 @@ def check_prior(prior: Sequence[float] | Tensor | None, activation: str) -> Tens
     return tau if tau.device.type != "mps" else tau.float()
 
 
-def check_map(name: str, pixels: Tensor, logits: Tensor, spatial: Sequence[int]) -> None:
-    """`valid` is bool, `labels` integer, both (N, *spatial of the result)."""
+def check_map(
+    name: str,
+    pixels: Tensor,
+    logits: Tensor,
+    spatial: Sequence[int],
+    *,
+    overlapping: bool = False,
+) -> None:
+    """`valid` is bool, `labels` integer, both (N, *spatial of the result).
+
+    overlapping: whether they teach channels, each of which is a class of its own.
+    """
     _tensor(name, pixels)
+    wanted = (logits.shape[0], *spatial) if logits.dim() > 2 else tuple(logits.shape[:1])
+    matches = tuple(pixels.shape) == wanted
+    if name == "labels" and not matches:
+        _refuse_one_hot(pixels, logits, wanted, overlapping)
     if name == "valid" and pixels.dtype is not torch.bool:
         raise TypeError(f"valid must be a bool tensor, not {pixels.dtype}: write valid != 0")
     if name == "labels" and pixels.dtype not in INTEGERS:
         raise TypeError(
             f"labels must be an integer tensor, not {pixels.dtype}: write labels.long()"
         )
-    wanted = (logits.shape[0], *spatial) if logits.dim() > 2 else tuple(logits.shape[:1])
-    if tuple(pixels.shape) != wanted:
-        hint = ""
+    if not matches:
+        hint, dims = "", len(wanted) - 1
         if tuple(pixels.shape) == (wanted[0], 1, *wanted[1:]):
             hint = f": write {name}.squeeze(1)"
+        elif dims and pixels.shape[:-dims] == wanted[:1] and _covers(pixels, logits, dims):
+            hint = f": write size={name}.shape[-{dims}:], which upsamples the logits in the loss"
         raise ValueError(f"{name} must have shape {wanted}, not {tuple(pixels.shape)}{hint}")
     _same_device(name, pixels, logits)
+
+
+def _covers(pixels: Tensor, logits: Tensor, dims: int) -> bool:
+    """Whether pixels are at least as fine as the logits in their last dimensions."""
+    fine, coarse = pixels.shape[-dims:], logits.shape[2:]
+    return all(a >= b for a, b in zip(fine, coarse, strict=True))
+
+
+def _refuse_one_hot(
+    labels: Tensor, logits: Tensor, wanted: Sequence[int], overlapping: bool
+) -> None:
+    """Labels are class maps; one-hot ones are (N, C, *spatial) or (N, *spatial, C)."""
+    classes, dims = logits.shape[1], len(wanted) - 1
+    if classes == 1 or labels.dim() != dims + 2 or labels.shape[0] != wanted[0]:
+        return
+    if labels.shape[1] == classes:
+        axis, resolution = "1", labels.shape[2:]
+    elif labels.shape[-1] == classes:
+        axis, resolution = "-1", labels.shape[1:-1]
+    else:
+        return
+    numbers = "labels.int()" if labels.dtype is torch.bool else "labels"
+    write = f"{numbers}.argmax({axis})"
+    if tuple(resolution) != tuple(wanted[1:]):
+        write += f" and size=labels.shape[-{dims}:] of the result"
+    if overlapping:
+        write += (
+            " if a pixel has one class, and if classes overlap take torch.nn.functional."
+            "binary_cross_entropy_with_logits(logits, labels.float())"
+        )
+    raise ValueError(
+        f"labels must be class indices of shape {tuple(wanted)}, not one-hot "
+        f"{tuple(labels.shape)}: write {write}"
+    )
 
 
 def check_labels(labels: object) -> None:
@@ -220,32 +308,85 @@ def check_classes(labels: Tensor, unknown: Tensor, classes: int, ignore_index: i
     )
 
 
-def warn_of_probabilities(name: str, logits: Tensor, activation: str, from_logits: bool) -> None:
+def warn_of_uncounted(counts: Tensor, y: Tensor, valid: Tensor | None, channels: int) -> None:
+    """Warn of images of which labels count no pixel, on a CPU; channels: of one image."""
+    if not counts.is_cpu or not can_read(counts):
+        return
+    counted = counts[:, :-1].any(1)
+    if bool(counted.all()) or not y[0].numel():
+        return
+    uncounted = ~counted if valid is None else ~counted & valid.flatten(1).any(1)
+    if uncounted.any():
+        n = int(uncounted.nonzero()[0]) // channels
+        warn(
+            f"labels leave image {n} of the batch no pixel to count, so that each of its pixels "
+            "weighs 1, far more than those of other images: write valid=False for the image, or "
+            "labels=None to count the prediction."
+        )
+
+
+def warn_at_first_call(
+    argument: str, heads: Sequence[Tensor], activation: str, from_logits: bool
+) -> None:
+    """Warn of probabilities given to a function, at the first call of every line that calls it.
+
+    Modules read their input on their own; on a GPU the host would wait.
+    """
+    if torch.compiler.is_compiling() or not heads[0].is_cpu:
+        return
+    function, caller = sys._getframe(1), sys._getframe(2)
+    while caller.f_back and caller.f_globals is function.f_globals:
+        function, caller = caller, caller.f_back
+    line = (id(function.f_code), id(caller.f_code), caller.f_lasti)
+    call = (argument, activation, from_logits, *line)
+    if call in _CALLS_READ or not all(map(can_read, heads)):
+        return
+    _CALLS_READ.add(call)
+    if not caller.f_globals.get("__name__", "").startswith("maxsquare."):
+        for head in heads:
+            name = function.f_code.co_name
+            warn_of_probabilities(name, argument, head, activation, from_logits)
+
+
+_CALLS_READ: set[tuple[object, ...]] = set()
+
+
+def warn_of_probabilities(
+    name: str, argument: str, logits: Tensor, activation: str, from_logits: bool
+) -> None:
     """Warn if what is given as logits looks like probabilities, or as probabilities does not."""
     if logits.numel() < FEWEST_PIXELS * (logits.shape[1] if activation == "softmax" else 1):
         return
     x = logits.detach()
-    inside = bool(((x >= 0) & (x <= 1)).all())
+    inside = ((x >= 0) & (x <= 1)).all()
     if activation == "softmax":
         total = x.sum(1, dtype=torch.float32)
-        probabilities = inside and bool(((total - 1).abs() <= PROBABILITY_TOLERANCE).all())
+        likely = inside & ((total - 1).abs() <= PROBABILITY_TOLERANCE).all()
+        possible = likely
     else:
-        probabilities = inside and bool(((x > 0) & (x < 1)).any())
+        likely, possible = inside & ((x > 0) & (x < 1)).any(), inside
+    # The host waits for a GPU once.
+    probabilities, is_possible = torch.stack((likely, possible)).tolist()
     if from_logits and probabilities:
-        said = (
-            f"{name} is given what looks like probabilities, and takes logits: leave the "
-            f"{activation} to the loss, or say from_logits=False."
+        instead = "" if name in LOGITS_ALONE else ", or say from_logits=False"
+        warn(
+            f"{name} is given what looks like probabilities as {argument}, and takes logits: "
+            f"leave the {activation} to the loss{instead}."
         )
-    elif not (from_logits or (inside if activation == "sigmoid" else probabilities)):
-        said = (
+    elif not from_logits and not is_possible:
+        warn(
             f"{name} with from_logits=False takes probabilities, and is given numbers that are "
-            "none: leave from_logits=True for logits."
+            f"none as {argument}: leave from_logits=True for logits."
         )
-    else:
-        return
+
+
+def warn(said: str) -> None:
+    """Warn of a likely mistake, at the line that called the library."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(LIBRARIES):
+        frame, level = frame.f_back, level + 1
     silence = 'warnings.filterwarnings("ignore", "maxsquare:")'
-    # Seen from here, nn.Module's two wrappers of forward stand before the caller's line.
-    warnings.warn(f"maxsquare: {said} ({silence} silences this.)", stacklevel=6)
+    warnings.warn(f"maxsquare: {said} ({silence} silences this.)", stacklevel=level)
 
 
 def can_read(tensor: Tensor) -> bool:

@@ -7,12 +7,19 @@ from copy import copy
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maxsquare import functional
-from maxsquare.checks import check_labels, check_logits, check_map, check_options, check_size
-from maxsquare.engine.plain import LOWEST_LOGIT
+from maxsquare.checks import (
+    can_read,
+    check_labels,
+    check_logits,
+    check_map,
+    check_options,
+    check_size,
+    warn_of_probabilities,
+)
+from maxsquare.engine.plain import LogitsSpec, upsampled
 from maxsquare.functional import Size
 from maxsquare.losses import _TargetLoss
 
@@ -122,14 +129,13 @@ def class_gradient_share(
     _check_single_head(loss)
     check_options(align_corners=align_corners)
     check_logits("logits", logits, str(loss.activation))
-    pair = check_size(size, logits)
+    spec = LogitsSpec(
+        check_size(size, logits), bool(align_corners), from_logits=bool(loss.from_logits)
+    )
     check_labels(labels)
-    check_map("labels", labels, logits, pair or logits.shape[2:])
+    check_map("labels", labels, logits, spec.spatial(logits))
     # In half precision the gradient of a mean over many pixels would underflow.
-    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-    if pair is not None:
-        z = z.clamp_min(LOWEST_LOGIT) if loss.from_logits else z
-        z = F.interpolate(z, pair, mode="bilinear", align_corners=align_corners)
+    z = upsampled(logits.detach(), spec)
     with torch.enable_grad():
         z = z.requires_grad_()
         total = loss(z, valid=valid).sum()
@@ -212,6 +218,8 @@ class PredictionStatistics:
             counts.sum(0).to(widest),
         )
         if not self._sums:
+            if z.is_cpu and can_read(z):  # on a GPU the host would wait
+                warn_of_probabilities(type(self).__name__, "logits", z, "softmax", True)
             self._sums = list(parts)
             return
         if len(self._sums[2]) != len(parts[2]):

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from maxsquare import engine
 from maxsquare.checks import (
+    Activation,
+    Average,
+    Reduction,
+    Scale,
     check_classes,
     check_heads,
     check_image_wise,
@@ -26,6 +30,8 @@ from maxsquare.checks import (
     check_ratio,
     check_size,
     check_teacher,
+    warn_at_first_call,
+    warn_of_uncounted,
 )
 from maxsquare.engine import LogitsSpec
 from maxsquare.potentials import CrossEntropy, Potential, Tsallis
@@ -55,9 +61,9 @@ def max_square(
     valid: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -1,
-    reduction: str = "mean",
-    scale: str = "paper",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    scale: Scale = "paper",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """-1/2 sum_c p_c^2: `maxsquare.MaxSquareLoss`; with a ratio, `maxsquare.IWMaxSquareLoss`."""
@@ -88,9 +94,9 @@ def entropy(
     valid: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -1,
-    reduction: str = "mean",
-    scale: str = "paper",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    scale: Scale = "paper",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """-sum_c p_c log p_c: `maxsquare.EntropyLoss`; with a ratio, `maxsquare.IWEntropyLoss`."""
@@ -121,9 +127,9 @@ def tsallis_entropy(
     valid: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -1,
-    reduction: str = "mean",
-    scale: str = "paper",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    scale: Scale = "paper",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """(1 - sum_c p_c^q) / (q - 1): `maxsquare.TsallisEntropyLoss`."""
@@ -152,8 +158,8 @@ def pseudo_label_loss(
     align_corners: bool = False,
     valid: Tensor | None = None,
     labels: Tensor | None = None,
-    reduction: str = "mean",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """Cross entropy against the confident prediction itself: `maxsquare.PseudoLabelLoss`."""
@@ -173,7 +179,7 @@ def guidance_labels(
     align_corners: bool = False,
     valid: Tensor | None = None,
     ignore_index: int = -1,
-    activation: str = "softmax",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """The self-produced labels of `maxsquare.MultiLevelGuidance`, int64 (N, *spatial).
@@ -191,6 +197,7 @@ def guidance_labels(
     check_options(threshold=threshold, ignore_index=ignore_index)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     (low_logits,) = check_heads([low_logits], logits, resized=size is not None)
+    warn_at_first_call("low_logits", [low_logits], activation, from_logits)
     low = _images(low_logits, spec)
     y, _ = engine.classify(low, z, None, valid, spec, float(threshold))
     y = y.long()
@@ -207,15 +214,17 @@ def guidance_loss(
     size: Size = None,
     align_corners: bool = False,
     valid: Tensor | None = None,
-    reduction: str = "mean",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """Low-level heads learn from the averaged prediction: `maxsquare.MultiLevelGuidance`."""
     check_options(reduction=reduction, threshold=threshold)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    heads = check_heads(low_logits, logits, resized=size is not None)
+    warn_at_first_call("low_logits", heads, activation, from_logits)
     losses = []
-    for head in check_heads(low_logits, logits, resized=size is not None):
+    for head in heads:
         low = _images(head, spec)
         y, counts = engine.classify(low, z, None, valid, spec, float(threshold))
         losses.append(_label_loss(logits, low, y, counts, reduction, spec))
@@ -230,8 +239,8 @@ def cross_entropy(
     align_corners: bool = False,
     valid: Tensor | None = None,
     ignore_index: int = -1,
-    reduction: str = "mean",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    activation: Activation = "softmax",
 ) -> Tensor:
     r"""Cross entropy -log p_y of labelled pixels, the upsampling of the logits included.
 
@@ -245,7 +254,7 @@ def cross_entropy(
         labels: (N, *spatial of the result), integers. -1 and `ignore_index` do not count; any
             other label outside 0..C-1 is an error on the CPU, and makes the loss NaN on a GPU (to
             raise an error, the host would have to wait for it).
-        size: height and width to which the logits are upsampled bilinearly first.
+        size: one int for each spatial dimension, to which the logits are upsampled linearly first.
         align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
         valid: bool, the shape of `labels`; pixels that count.
         ignore_index: a further label that does not count.
@@ -273,7 +282,7 @@ def cross_entropy(
     check_options(reduction=reduction, ignore_index=ignore_index)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation)
     check_labels(labels)
-    check_map("labels", labels, logits, spec.spatial(z))
+    check_map("labels", labels, logits, spec.spatial(z), overlapping=spec.binary)
     y, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
     classes = max(logits.shape[1], 2)
     check_classes(labels, counts[..., -1], classes, ignore_index)
@@ -289,7 +298,7 @@ def image_weights(
     valid: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -1,
-    activation: str = "softmax",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     r"""The weight that an image-wise loss gives to every pixel, (N, *spatial); 0 if not valid.
@@ -309,8 +318,7 @@ def image_weights(
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     y, counts = engine.classify(z, None, None, valid, spec)
     if labels is not None:
-        check_map("labels", labels, logits, spec.spatial(z))
-        _, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
+        counts = _label_counts(labels, logits, z, valid, ignore_index, spec)
     classes = spec.classes(z)
     weights = _class_weights(counts, ratio, z.dtype)
     y = y.long()
@@ -325,7 +333,7 @@ def class_proportions(
     size: Size = None,
     align_corners: bool = False,
     valid: Tensor | None = None,
-    activation: str = "softmax",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     r"""The mean probability of every class over the valid pixels of an image, (N, C).
@@ -354,18 +362,19 @@ def teacher_loss(
     teacher_logits: Tensor,
     *,
     threshold: float = 0.95,
-    average: str = "accepted",
+    average: Average = "accepted",
     size: Size = None,
     align_corners: bool = False,
     valid: Tensor | None = None,
-    reduction: str = "mean",
-    activation: str = "softmax",
+    reduction: Reduction = "mean",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
     """Cross entropy against the classes of a sure teacher: `maxsquare.TeacherLoss`."""
     check_options(reduction=reduction, threshold=threshold, average=average)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     check_teacher(teacher_logits, logits, resized=size is not None)
+    warn_at_first_call("teacher_logits", [teacher_logits], activation, from_logits)
     teacher = _images(teacher_logits, spec)
     y, counts = engine.classify(teacher, None, None, valid, spec, float(threshold))
     accepted = counts[:, :-1].sum()
@@ -391,8 +400,8 @@ def prediction_divergence(
     valid: Tensor | None,
     labels: Tensor | None,
     ignore_index: int,
-    reduction: str,
-    activation: str,
+    reduction: Reduction,
+    activation: Activation,
     from_logits: bool,
 ) -> Tensor:
     """The divergence D_q of `maxsquare.InformationMaximizationLoss`, times the pixels' weights.
@@ -442,8 +451,7 @@ def prediction_divergence(
         _, predicted = engine.classify(z, None, None, counted_map, spec)
         counts = predicted
         if labels is not None:
-            check_map("labels", labels, logits, spec.spatial(z))
-            _, counts = _label_classes(labels, logits, z, counted_map, ignore_index, spec)
+            counts = _label_counts(labels, logits, z, counted_map, ignore_index, spec)
         class_weights = _class_weights(counts, ratio, z.dtype)
         weight = (class_weights * predicted[:, :-1]).sum(1)
         weight = weight / max(z.shape[0], 1) if reduction == "mean" else weight
@@ -459,13 +467,13 @@ def prediction_counts(
     return counts.sum(1), counts[:, :-1]
 
 
-def max_square_factor(ratio: float | None, scale: str, classes: int) -> float:
+def max_square_factor(ratio: float | None, scale: Scale, classes: int) -> float:
     """The factor of S_2 in the maximum squares loss."""
     # The published image-wise code leaves out the half.
     return 0.5 * scale_factor(scale, classes, 1 if ratio is None else 2)
 
 
-def scale_factor(scale: str, classes: int, reference_factor: float = 1) -> float:
+def scale_factor(scale: Scale, classes: int, reference_factor: float = 1) -> float:
     """What `scale` multiplies a loss by."""
     return 1.0 if scale == "paper" else reference_factor / classes
 
@@ -504,9 +512,9 @@ def _tsallis_loss(
     valid: Tensor | None,
     labels: Tensor | None,
     ignore_index: int,
-    reduction: str,
-    scale: str,
-    activation: str,
+    reduction: Reduction,
+    scale: Scale,
+    activation: Activation,
     from_logits: bool,
 ) -> Tensor:
     """factor(C) times the potential."""
@@ -523,15 +531,14 @@ def _tsallis_loss(
     else:
         y, counts = engine.classify(z, None, None, valid, spec)
         if labels is not None:
-            check_map("labels", labels, logits, spec.spatial(z))
-            _, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
+            counts = _label_counts(labels, logits, z, valid, ignore_index, spec)
         weights = multiple * _class_weights(counts, ratio, z.dtype)
         weights = weights / max(z.shape[0], 1) if reduction == "mean" else weights
     return _reduce(logits, z, weights, y, valid, potential, reduction, spec)
 
 
 def _label_loss(
-    logits: Tensor, z: Tensor, y: Tensor, counts: Tensor, reduction: str, spec: LogitsSpec
+    logits: Tensor, z: Tensor, y: Tensor, counts: Tensor, reduction: Reduction, spec: LogitsSpec
 ) -> Tensor:
     """Cross entropy against the classes y."""
     weights = _mean_weights(counts[..., :-1].sum(), z, reduction)
@@ -545,7 +552,7 @@ def _reduce(
     y: Tensor | None,
     valid: Tensor | None,
     potential: Potential,
-    reduction: str,
+    reduction: Reduction,
     spec: LogitsSpec,
 ) -> Tensor:
     """The sum of the weighted potentials, or each of them."""
@@ -560,7 +567,7 @@ def _prepare(
     size: Size,
     align_corners: bool,
     valid: Tensor | None,
-    activation: str = "softmax",
+    activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> tuple[Tensor, Tensor | None, LogitsSpec]:
     """Check what all losses are given: the logits and the mask of images, and how to read them."""
@@ -569,6 +576,7 @@ def _prepare(
     size = check_size(size, logits)
     binary = activation == "sigmoid"
     spec = LogitsSpec(size, bool(align_corners), binary, bool(from_logits))
+    warn_at_first_call("logits", [logits], activation, from_logits)
     z = _images(logits, spec)
     if valid is not None:
         check_map("valid", valid, logits, spec.spatial(z))
@@ -576,7 +584,9 @@ def _prepare(
     return z, valid, spec
 
 
-def _mean_weights(counted: Tensor | int, z: Tensor, reduction: str, factor: float = 1) -> Tensor:
+def _mean_weights(
+    counted: Tensor | int, z: Tensor, reduction: Reduction, factor: float = 1
+) -> Tensor:
     """(N, 1) weights of the pixels of images in their sum, or in the mean over those counted."""
     weights = z.new_full((z.shape[0], 1), factor, dtype=engine.accumulation_dtype(z.dtype))
     if reduction != "mean":
@@ -593,6 +603,21 @@ def _class_weights(counts: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
     total = n.sum(1, keepdim=True)
     weights = 1 / torch.where(total > 0, n**ratio * total ** (1 - ratio), 1).clamp_min(1)
     return weights.to(engine.accumulation_dtype(dtype))
+
+
+def _label_counts(
+    labels: Tensor,
+    logits: Tensor,
+    z: Tensor,
+    valid: Tensor | None,
+    ignore_index: int,
+    spec: LogitsSpec,
+) -> Tensor:
+    """The counts of classes in every image, from a label map."""
+    check_map("labels", labels, logits, spec.spatial(z))
+    y, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
+    warn_of_uncounted(counts, y, valid, logits.shape[1] if spec.binary else 1)
+    return counts
 
 
 def _label_classes(

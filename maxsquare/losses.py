@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from maxsquare import functional
 from maxsquare.checks import (
+    Activation,
+    Average,
+    Reduction,
+    Scale,
     can_read,
-    check_logits,
     check_options,
     check_prior,
     check_ratio,
@@ -22,9 +25,10 @@ from maxsquare.functional import Size
 class _Loss(nn.Module):
     """A loss whose options are its public attributes."""
 
+    _input_was_read = False
+
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self._input_was_read = False
         check_options(**options)
         for name, value in options.items():
             setattr(self, name, value)
@@ -39,14 +43,16 @@ class _Loss(nn.Module):
         public.pop("training", None)
         return ", ".join(f"{name}={value!r}" for name, value in public.items())
 
-    def _warn_if_probabilities(self, logits: Tensor) -> None:
-        """Warn, at the first call only, of probabilities given as logits and the reverse."""
-        if self._input_was_read or not isinstance(logits, Tensor) or not can_read(logits):
-            return
-        self._input_was_read = True
-        activation, from_logits = str(self.activation), bool(self.from_logits)
-        check_logits("logits", logits, activation)
-        warn_of_probabilities(type(self).__name__, logits, activation, from_logits)
+
+def _warn_of_probabilities(loss: nn.Module, options: nn.Module, **heads: Any) -> None:
+    """Warn, at the first call only, of probabilities given as logits and the reverse."""
+    activation, from_logits = str(options.activation), bool(options.from_logits)
+    for argument, given in heads.items():
+        for head in given if isinstance(given, (list, tuple)) else [given]:
+            if not can_read(head):
+                return
+            warn_of_probabilities(type(loss).__name__, argument, head, activation, from_logits)
+    loss._input_was_read = True  # type: ignore[assignment]
 
 
 class _TargetLoss(_Loss):
@@ -64,9 +70,7 @@ class _TargetLoss(_Loss):
         labels: Tensor | None = None,
     ) -> Tensor:
         """The loss of logits (N, C, *spatial); the class documents the arguments."""
-        if not self._input_was_read:
-            self._warn_if_probabilities(logits)
-        return type(self).function(
+        value = type(self).function(
             logits,
             size=size,
             align_corners=align_corners,
@@ -74,6 +78,9 @@ class _TargetLoss(_Loss):
             labels=labels,
             **self.options(),
         )
+        if not self._input_was_read:
+            _warn_of_probabilities(self, self, logits=logits)
+        return value
 
     def _entropy(self, classes: int) -> tuple[float, float]:
         """q and the factor of the Tsallis entropy S_q in this loss."""
@@ -104,6 +111,8 @@ class MaxSquareLoss(_TargetLoss):
         logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
             float32 or float64, any strides. (N, C) is one image of N pixels.
         size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
+            (depth, height, width) and (length,) upsample trilinearly and linearly, with the
+            upsampled logits in memory.
         align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
         valid: bool (N, *spatial of the result), the pixels that count; None: all.
 
@@ -133,9 +142,9 @@ class MaxSquareLoss(_TargetLoss):
         *,
         ratio: float | None = None,
         ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        scale: Scale = "paper",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         super().__init__(
@@ -197,9 +206,9 @@ class IWMaxSquareLoss(MaxSquareLoss):
         ratio: float = 0.2,
         *,
         ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        scale: Scale = "paper",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         check_ratio(ratio)
@@ -249,9 +258,9 @@ class EntropyLoss(_TargetLoss):
         *,
         ratio: float | None = None,
         ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        scale: Scale = "paper",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         super().__init__(
@@ -300,9 +309,9 @@ class IWEntropyLoss(EntropyLoss):
         ratio: float = 0.2,
         *,
         ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        scale: Scale = "paper",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         check_ratio(ratio)
@@ -352,9 +361,9 @@ class TsallisEntropyLoss(_TargetLoss):
         ratio: float | None = None,
         *,
         ignore_index: int = -1,
-        reduction: str = "mean",
-        scale: str = "paper",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        scale: Scale = "paper",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         super().__init__(
@@ -401,8 +410,8 @@ class PseudoLabelLoss(_TargetLoss):
         self,
         threshold: float = 0.95,
         *,
-        reduction: str = "mean",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         super().__init__(
@@ -449,10 +458,10 @@ class TeacherLoss(_Loss):
     def __init__(
         self,
         threshold: float = 0.95,
-        average: str = "accepted",
+        average: Average = "accepted",
         *,
-        reduction: str = "mean",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         super().__init__(
@@ -473,9 +482,7 @@ class TeacherLoss(_Loss):
         valid: Tensor | None = None,
     ) -> Tensor:
         """The student's loss; the class documents the arguments."""
-        if not self._input_was_read:
-            self._warn_if_probabilities(logits)
-        return functional.teacher_loss(
+        value = functional.teacher_loss(
             logits,
             teacher_logits,
             size=size,
@@ -483,6 +490,9 @@ class TeacherLoss(_Loss):
             valid=valid,
             **self.options(),
         )
+        if not self._input_was_read:
+            _warn_of_probabilities(self, self, logits=logits, teacher_logits=teacher_logits)
+        return value
 
 
 class InformationMaximizationLoss(nn.Module):
@@ -569,11 +579,11 @@ class InformationMaximizationLoss(nn.Module):
         return target + self.weight * factor * divergence
 
     @property
-    def reduction(self) -> str:
+    def reduction(self) -> Reduction:
         return self.target_loss.reduction  # type: ignore[return-value]
 
     @property
-    def activation(self) -> str:
+    def activation(self) -> Activation:
         return self.target_loss.activation  # type: ignore[return-value]
 
     @property
@@ -621,8 +631,8 @@ class MultiLevelGuidance(_Loss):
         self,
         threshold: float = 0.95,
         *,
-        reduction: str = "mean",
-        activation: str = "softmax",
+        reduction: Reduction = "mean",
+        activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
         super().__init__(
@@ -642,9 +652,7 @@ class MultiLevelGuidance(_Loss):
         valid: Tensor | None = None,
     ) -> Tensor:
         """The sum of the low-level heads' losses; the class documents the arguments."""
-        if not self._input_was_read:
-            self._warn_if_probabilities(logits)
-        return functional.guidance_loss(
+        value = functional.guidance_loss(
             logits,
             low_logits,
             size=size,
@@ -652,6 +660,9 @@ class MultiLevelGuidance(_Loss):
             valid=valid,
             **self.options(),
         )
+        if not self._input_was_read:
+            _warn_of_probabilities(self, self, logits=logits, low_logits=low_logits)
+        return value
 
 
 class MultiLevelLoss(nn.Module):
@@ -682,6 +693,8 @@ class MultiLevelLoss(nn.Module):
 
     Source: M. Chen et al., ICCV 2019, the full objective on the target domain.
     """
+
+    _input_was_read = False
 
     def __init__(
         self, target_loss: nn.Module, threshold: float = 0.95, weight: float = 0.1
@@ -716,6 +729,9 @@ class MultiLevelLoss(nn.Module):
             from_logits=self.target_loss.from_logits,  # type: ignore[arg-type]
             **call,
         )
+        if not self._input_was_read:
+            # The target loss reads the logits.
+            _warn_of_probabilities(self, self.target_loss, low_logits=low_logits)
         return target + self.weight * guidance
 
     def extra_repr(self) -> str:

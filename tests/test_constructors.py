@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 import subprocess
 import sys
+import typing
 
 import pytest
 import torch
 from support import LOSSES, Member, random_logits
 from torch import Tensor, nn
 
+import maxsquare
 from maxsquare import (
     EntropyLoss,
     InformationMaximizationLoss,
@@ -26,6 +29,7 @@ from maxsquare import (
     TsallisEntropyLoss,
     functional,
 )
+from maxsquare.checks import check_options
 
 each_loss = pytest.mark.parametrize("member", LOSSES, ids=repr)
 FUNCTIONS = {
@@ -38,6 +42,12 @@ FUNCTIONS = {
     MultiLevelGuidance: functional.guidance_loss,
     TeacherLoss: functional.teacher_loss,
 }
+OTHER_FUNCTIONS = [
+    functional.cross_entropy,
+    functional.image_weights,
+    functional.guidance_labels,
+    functional.class_proportions,
+]
 OF_A_CALL = {"logits", "low_logits", "teacher_logits", "size", "align_corners", "valid", "labels"}
 
 
@@ -45,6 +55,27 @@ OF_A_CALL = {"logits", "low_logits", "teacher_logits", "size", "align_corners", 
 def test_the_signature_names_every_option_of_the_function(loss: type[nn.Module]) -> None:
     options = set(inspect.signature(loss).parameters)
     assert options == set(inspect.signature(FUNCTIONS[loss]).parameters) - OF_A_CALL
+
+
+@pytest.mark.parametrize("option", ["reduction", "scale", "activation", "average"])
+def test_the_types_of_options_are_the_values_that_they_take(option: str) -> None:
+    callables = [*(loss.__init__ for loss in FUNCTIONS), *FUNCTIONS.values(), *OTHER_FUNCTIONS]
+    types = {typing.get_type_hints(call).get(option) for call in callables} - {None}
+    (literal,) = types
+    assert typing.get_origin(literal) is typing.Literal
+    with pytest.raises(ValueError) as caught:
+        check_options(**{option: "other"})
+    assert str(caught.value) == f"{option} must be {_or(typing.get_args(literal))}, not 'other'"
+
+
+def _or(values: tuple[str, ...]) -> str:
+    return " or ".join(map(repr, values))
+
+
+def test_the_documentation_of_the_package_lists_modules_and_functions() -> None:
+    listed = set(re.findall(r"`(\w+)`", maxsquare.__doc__))
+    named = {*maxsquare.__all__, *functional.__all__} - {"functional", "GradientProfile"}
+    assert listed == named
 
 
 def make(member: Member) -> tuple[nn.Module, tuple[Tensor, ...]]:

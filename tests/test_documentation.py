@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 import tyro
 from readme_loop import blocks, train
 
-from maxsquare import __version__
+import maxsquare
+from maxsquare import __version__, functional
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", ROOT / "benchmarks" / "README.md"]
@@ -62,3 +65,21 @@ def test_the_readme_is_read_in_five_minutes() -> None:
 
 def test_the_changelog_tells_of_this_version() -> None:
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_reference_has_every_public_name_and_not_those_of_pytorch(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx", reason="needs sphinx: .[dev]")
+    command = [sys.executable, "-m", "sphinx", "-nqW", "-b", "text", "docs", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    text = (tmp_path / "index.txt").read_text(encoding="utf-8")
+    for name in {*maxsquare.__all__} - {"functional"}:
+        assert re.search(rf"^(class )?maxsquare\.{name}\b", text, re.MULTILINE), name
+    for name in functional.__all__:
+        assert re.search(rf"^maxsquare\.functional\.{name}\(", text, re.MULTILINE), name
+    assert not re.search("state_dict|register_buffer|Alias for field", text)
+    assert "reduction: Literal['mean', 'sum', 'none'] = 'mean'" in text
+
+
+def test_the_projects_page_links_the_reference() -> None:
+    assert 'Documentation = "https://' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

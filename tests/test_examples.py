@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
@@ -1203,6 +1205,7 @@ def test_evaluate_keeps_the_folders_of_images_with_one_name(
         (evaluate, ["--target-size", "1", "1"], "--target-size"),
         (evaluate, ["--split", "dusk"], "'dusk'"),
         (adapt_online, ["--batch-size", "0"], "--batch-size"),
+        (adapt_online, ["--scenes", "0"], "--scenes"),
         (adapt_online, ["--batch-size", "-2"], "--batch-size"),
         (adapt_online, ["--lr", "-1"], "--lr"),
         (adapt_online, ["--lr", "0"], "--lr"),
@@ -1250,6 +1253,24 @@ def test_adapt_online_compares_what_the_network_may_learn_from(
     (header,) = (line for line in capsys.readouterr().out.splitlines() if "IoU (%)" in line)
     for column in ("as trained", "statistics", "entropy", "maximum squares", "with information"):
         assert column in header
+
+
+def test_adapt_online_runs_as_it_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert adapt_online.main(["--scenes", "2", "--batch-size", "2"]) == 0
+    scored, predicted = capsys.readouterr().out.split("Predicted classes")
+    assert "mIoU" in scored and "road" in scored
+    rows = [re.findall(r"\d+\.\d", line) for line in predicted.splitlines() if "." in line]
+    assert len(rows) == 19
+    for column in zip(*rows, strict=True):
+        assert sum(map(float, column)) == pytest.approx(100, abs=1)  # rounded to a tenth
+    assert not list(tmp_path.iterdir())
+    assert adapt_online.main(["--network", "package:factory"]) == 2
+    assert "--network" in only_sentence(capsys)
 
 
 def test_minimal_loop_runs_and_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:

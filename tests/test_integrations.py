@@ -6,8 +6,11 @@ import importlib
 import math
 import re
 import runpy
+import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from maxsquare import MaxSquareLoss, functional
 
 FOLDER = Path(__file__).parents[1] / "examples" / "integrations"
 LIBRARIES = {
+    "deep_supervision": "torch",
     "lightning_module": "lightning",
     "mean_teacher": "torchvision",
     "monai_unet": "monai",
@@ -28,6 +32,9 @@ LIBRARIES = {
     "transformers_mask2former": "transformers",
     "transformers_segformer": "transformers",
 }
+
+# They have no training loop of their own: a framework's runner calls them.
+PARTS = {"mmseg_loss": "mmseg"}
 
 
 def example(name: str) -> ModuleType:
@@ -61,7 +68,7 @@ def test_example_trains_and_leaves_no_file(
 
 def test_every_example_can_be_copied_and_says_what_a_user_asks() -> None:
     paths = {path.stem: path for path in FOLDER.glob("*.py")}
-    assert paths.keys() == LIBRARIES.keys()
+    assert paths.keys() == LIBRARIES.keys() | PARTS.keys()
     for path in paths.values():
         text = path.read_text(encoding="utf-8")
         docstring = text.split('"""')[1]
@@ -159,6 +166,93 @@ def test_loss_of_lightnings_bfloat16_logits_is_float32() -> None:
         logits = network.classifier(network.backbone(torch.randn(2, 3, 64, 96)))
         assert logits.dtype == torch.bfloat16
         assert MaxSquareLoss()(logits, size=(64, 96)).dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def mmseg_loss() -> ModuleType:
+    """mmsegmentation with mmcv-lite, whose missing operators no segmentor here calls."""
+    operators = ModuleType("mmcv._ext")
+    operators.__getattr__ = lambda name: None  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            importlib.import_module("mmcv._ext")
+        except ImportError:
+            patch.setitem(sys.modules, "mmcv._ext", operators)
+        try:
+            importlib.import_module("mmseg.models")
+        except (ImportError, AssertionError) as error:  # its versions of mmcv are asserted
+            pytest.skip(f"needs mmsegmentation: .[integrations] ({error})")
+        return importlib.import_module("integrations.mmseg_loss")
+
+
+def segmentor(*losses: dict[str, Any]) -> nn.Module:
+    registry = importlib.import_module("mmseg.registry")
+    norm = {"norm_cfg": {"type": "BN"}}
+    head = {"type": "FCNHead", "in_channels": 512, "in_index": 3, "channels": 8, "num_convs": 1}
+    model: nn.Module = registry.MODELS.build(
+        {
+            "type": "EncoderDecoder",
+            "backbone": {"type": "ResNetV1c", "depth": 18, **norm},
+            "decode_head": {**head, "num_classes": 5, "loss_decode": list(losses), **norm},
+            "test_cfg": {"mode": "whole"},
+        }
+    )
+    return model.eval()  # no dropout, and the same logits at every call
+
+
+IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 64).sin().view(2, 3, 64, 64)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("sampler", [None, {"type": "OHEMPixelSampler", "thresh": 0.2}])
+def test_mmsegs_decode_head_calls_the_loss_after_its_own_upsampling(
+    mmseg_loss: ModuleType, sampler: dict[str, Any] | None
+) -> None:
+    structures = importlib.import_module("mmseg.structures")
+    PixelData = importlib.import_module("mmengine.structures").PixelData
+    model = segmentor(
+        {"type": "CrossEntropyLoss", "avg_non_ignore": True},
+        {"type": "TargetMaxSquareLoss", "ratio": 0.3, "loss_weight": 0.7},
+    )
+    labels = torch.randint(5, (2, 1, 64, 64))
+    labels[0] = 255  # an image without labels counts all the same
+    samples = [structures.SegDataSample(gt_sem_seg=PixelData(data=y)) for y in labels]
+    head = model.decode_head
+    if sampler:
+        head.sampler = importlib.import_module("mmseg.structures").build_pixel_sampler(
+            sampler, context=head
+        )
+    losses = model.loss(IMAGES, samples)
+    assert losses.keys() == {"decode.loss_ce", "decode.loss_max_square", "decode.acc_seg"}
+    logits = upsample(head(model.extract_feat(IMAGES)), IMAGES, head.align_corners)
+    valid = head.sampler.sample(logits, labels) > 0 if sampler else None
+    expected = 0.7 * functional.max_square(logits, ratio=0.3, scale="reference", valid=valid)
+    torch.testing.assert_close(losses["decode.loss_max_square"], expected)
+    gradient, wanted = (
+        torch.autograd.grad(loss, head.conv_seg.weight)[0]
+        for loss in (losses["decode.loss_max_square"], expected)
+    )
+    torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mmsegs_low_resolution_logits_have_the_loss_of_a_step_without_labels(
+    mmseg_loss: ModuleType,
+) -> None:
+    model = segmentor({"type": "CrossEntropyLoss", "avg_non_ignore": True})
+    registry = importlib.import_module("mmseg.registry")
+    loss = registry.MODELS.build({"type": "TargetMaxSquareLoss", "loss_name": "loss_target"})
+    assert loss.loss_name == "loss_target"
+    logits = model.decode_head(model.extract_feat(IMAGES))
+    assert logits.shape[2] < IMAGES.shape[2]
+    full = upsample(logits, IMAGES, model.decode_head.align_corners)
+    expected = 0.1 * functional.max_square(full, ratio=0.2, scale="reference")
+    torch.testing.assert_close(mmseg_loss.target_step(model, IMAGES, loss), expected)
+    weight = torch.rand(2, 64, 64)
+    terms = functional.max_square(full, ratio=0.2, scale="reference", reduction="none")
+    weighted = loss(logits, None, weight=weight, size=(64, 64), ignore_index=255)
+    torch.testing.assert_close(weighted, 0.1 * (weight * terms).sum((1, 2)).mean())
 
 
 @pytest.mark.parametrize("name", ["tent_classification", "tent_segmentation"])

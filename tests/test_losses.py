@@ -45,7 +45,6 @@ from support import (
 )
 from torch import Tensor, nn
 
-import maxsquare
 from maxsquare import (
     EntropyLoss,
     IWEntropyLoss,
@@ -53,8 +52,11 @@ from maxsquare import (
     MaxSquareLoss,
     MultiLevelGuidance,
     MultiLevelLoss,
+    PredictionStatistics,
     PseudoLabelLoss,
     TsallisEntropyLoss,
+    class_gradient_share,
+    functional,
 )
 
 each_loss = pytest.mark.parametrize("member", LOSSES, ids=repr)
@@ -498,6 +500,76 @@ def test_size_from_a_single_row_or_column(
         assert_close(gradient, expected_gradient)
 
 
+OTHER_DIMENSIONS = pytest.mark.parametrize(
+    ("shape", "size"),
+    [((2, 4, 5), (12,)), ((2, 4, 5), 9), ((2, 4, 2, 3, 4), (5, 6, 9)), ((1, 3, 2, 2, 2), 4)],
+    ids=["linear", "linear, one int", "trilinear", "trilinear, one int"],
+)
+
+
+@each_loss
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@OTHER_DIMENSIONS
+def test_size_of_one_and_three_dimensions_is_upsampling_and_then_the_loss(
+    member: Member, align_corners: bool, activation: str, shape: tuple[int, ...], size: Any
+) -> None:
+    inputs = inputs_of(member, shape)
+    spatial = (size,) * (len(shape) - 2) if isinstance(size, int) else size
+    call = {"align_corners": align_corners, "valid": random_valid((shape[0], *spatial), share=0.8)}
+    options = {"activation": activation}
+    loss = member.make(**options)
+    value, gradients = value_and_gradient(partial(loss, size=size, **call), inputs)
+    expected, expected_gradients = value_and_gradient(
+        lambda *x: oracle(member, x, size=spatial, **options, **call), inputs
+    )
+    assert_close(value, expected)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert_close(gradient, expected_gradient)
+    terms = member.make(**options, reduction="none")(*inputs, size=size, **call)
+    assert terms.shape == (shape[0], *([shape[1]] if activation == "sigmoid" else []), *spatial)
+
+
+@OTHER_DIMENSIONS
+def test_size_of_other_dimensions_of_the_functions_alone(shape: tuple[int, ...], size: Any) -> None:
+    (logits,) = inputs_of(loss_named("max_square"), shape)
+    full = resize(logits, (size,) * (len(shape) - 2) if isinstance(size, int) else size, False)
+    labels = random_labels(full.shape)
+    ours, expected = (
+        value_and_gradient(call, (logits,))
+        for call in (
+            lambda z: functional.cross_entropy(z, labels, size=size),
+            lambda z: F.cross_entropy(resize(z, full.shape[2:], False), labels, ignore_index=-1),
+        )
+    )
+    assert_close(ours[0], expected[0])
+    assert_close(ours[1][0], expected[1][0])
+    for function in (functional.class_proportions, functional.image_weights):
+        assert_close(function(logits, size=size), function(full))
+    share = partial(class_gradient_share, MaxSquareLoss(), labels=labels)
+    assert_close(share(logits, size=size), share(full))
+    statistics = PredictionStatistics(), PredictionStatistics()
+    statistics[0].update(logits, size=size)
+    statistics[1].update(full)
+    for found, wanted in zip(*(s.compute() for s in statistics), strict=True):
+        assert_close(found, wanted)
+
+
+@OTHER_DIMENSIONS
+def test_size_of_other_dimensions_has_second_derivatives_and_compiles(
+    shape: tuple[int, ...], size: Any
+) -> None:
+    (logits,) = inputs_of(loss_named("iw_max_square"), shape)
+    loss = partial(IWMaxSquareLoss(), size=size)
+    assert torch.autograd.gradcheck(loss, (logits,))
+    assert torch.autograd.gradgradcheck(loss, (logits,))
+    compiled = torch.compile(IWMaxSquareLoss(), backend="aot_eager", fullgraph=True)
+    assert_close(compiled(logits, size=size), loss(logits))
+    masked = logits.detach().clone()
+    masked[:, 0] = -torch.inf  # a class that is masked out
+    assert loss(masked).isfinite()
+
+
 @each_image_wise_member
 def test_labels_have_the_size_of_the_result(member: Member) -> None:
     inputs = inputs_of(member, (2, 4, 5, 6))
@@ -795,6 +867,7 @@ def test_every_constructor_option_changes_the_result(one: nn.Module, other: nn.M
 
 
 @each_loss
+@pytest.mark.filterwarnings("ignore:.*what looks like probabilities:UserWarning")
 def test_from_logits_changes_the_result(member: Member) -> None:
     inputs = tuple(x.softmax(1) for x in (LOGITS, LOW_LOGITS)[: member.heads])
     difference = member.function(*inputs) - member.function(*inputs, from_logits=False)
@@ -1020,18 +1093,34 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert torch.equal(found, PseudoLabelLoss(0.5)(logits, size=(6, 7), align_corners=True))
 
 
-@pytest.mark.parametrize("size", [(8,), (8, 9, 10)], ids=str)
-def test_upsampling_is_two_dimensional_only(size: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="two-dimensional only"):
-        MaxSquareLoss()(random_logits((1, 4, 3, 5)), size=size)
+@pytest.mark.parametrize(
+    ("shape", "size", "wanted"),
+    [
+        ((1, 4, 3, 5), (8,), "(height, width)"),
+        ((1, 4, 3, 5), (8, 9, 10), "(height, width)"),
+        ((1, 4, 3), (8, 9), "(width,)"),
+        ((1, 4, 3, 5, 2), (8, 9), "(depth, height, width)"),
+    ],
+    ids=str,
+)
+def test_a_wrong_number_of_sizes_is_told_what_to_write(
+    shape: tuple[int, ...], size: tuple[int, ...], wanted: str
+) -> None:
+    logits = random_logits(shape)
+    dims = len(shape) - 2
+    for call in (MaxSquareLoss(), functional.max_square, PredictionStatistics().update):
+        with pytest.raises(ValueError) as caught:
+            call(logits, size=size)
+        assert f"size must be {wanted}" in str(caught.value)
+        assert f"write size=images.shape[-{dims}:]" in str(caught.value)
+    with pytest.raises(ValueError, match="write size=None"):
+        MaxSquareLoss()(random_logits((5, 4)), size=size)
 
 
 def test_a_single_channel_counts_its_foreground_from_label_1() -> None:
     logits, labels = random_logits((2, 1, 5, 6)), torch.zeros(2, 5, 6, dtype=torch.long)
     labels[:, 0] = 1
-    found = maxsquare.functional.image_weights(
-        logits, ratio=1.0, labels=labels, activation="sigmoid"
-    )
+    found = functional.image_weights(logits, ratio=1.0, labels=labels, activation="sigmoid")
     on, off = 1 / 6, 1 / 24
     assert_close(found, off + (on - off) * (logits >= 0).double())
 

@@ -114,8 +114,12 @@ def check_cuda_kernels(device: torch.device) -> ModuleType | None:
 
 
 def supports_operator(z: Tensor, spec: LogitsSpec) -> bool:
-    """Whether kernels take these logits: not probabilities, nor a tensor with its own dispatch."""
-    if not spec.from_logits:
+    """Whether kernels take these logits, and upsample them.
+
+    Not probabilities, nor upsampling of other than two dimensions, nor a tensor with its own
+    dispatch.
+    """
+    if not spec.from_logits or (spec.size is not None and len(spec.size) != 2):
         return False
     if torch.compiler.is_compiling():
         # The compiler would drop an operator's derivatives within a transform that it compiles.

@@ -22,12 +22,12 @@ LOWEST_LOGIT = -1e30
 class LogitsSpec:
     """How logits are read.
 
-    size: upsampled bilinearly to this height and width, or as they are. align_corners: as in
+    size: upsampled linearly along each spatial dimension, or as they are. align_corners: as in
     `F.interpolate`. binary: a single channel, two classes with logits (z, 0). from_logits: False
     if the input holds probabilities.
     """
 
-    size: tuple[int, int] | None = None
+    size: tuple[int, ...] | None = None
     align_corners: bool = False
     binary: bool = False
     from_logits: bool = True
@@ -186,4 +186,5 @@ def upsampled(z: Tensor, spec: LogitsSpec) -> Tensor:
     if spec.spatial(z) == z.shape[2:]:
         return z
     z = z.clamp_min(LOWEST_LOGIT) if spec.from_logits else z
-    return F.interpolate(z, spec.size, mode="bilinear", align_corners=spec.align_corners)
+    mode = ("linear", "bilinear", "trilinear")[z.dim() - 3]
+    return F.interpolate(z, spec.size, mode=mode, align_corners=spec.align_corners)
