@@ -39,3 +39,13 @@ def test_the_benchmark_takes_the_options_named() -> None:
     assert (ROOT / command[1]).exists()
     options = tyro.cli(speed.Options, args=command[2:])
     assert options.quick
+
+
+def test_the_classifiers_promise_what_is_tested() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    promised = re.findall(r"Python :: (3\.\d+)", project)
+    assert sorted(promised) == sorted(re.findall(r"^ +(3\.\d+)$", workflow, re.MULTILINE))
+    assert promised[0] in re.findall(r'requires-python = ">=(.*)"', project)
+    assert re.findall(r"Operating System :: (.*)\"", project) == ["POSIX :: Linux"]
+    assert "runs-on: ubuntu" in workflow
