@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,23 @@ INTEGERS = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
-SMALLEST_Q, LARGEST_Q = math.ulp(0), torch.finfo(torch.float32).max
-LARGEST_WEIGHT = sys.float_info.max
+# NumPy's numbers are abstract ones. Python's are too, but take longer to be recognised as such.
+INTEGER: Any = (int, Integral)
+LENGTH: Any = (int, torch.SymInt, Integral)
+REAL: Any = (int, float, Real)
+CHOICES = {
+    "reduction": ("mean", "sum", "none"),
+    "scale": ("paper", "reference"),
+    "activation": ("softmax", "sigmoid"),
+    "average": ("accepted", "valid", "share"),
+}
+FLAGS = ("from_logits", "align_corners")
+RANGES = {
+    "ratio": (-1, 1, "from -1 to 1"),
+    "threshold": (0, 1, "from 0 to 1"),
+    "q": (math.ulp(0), torch.finfo(torch.float32).max, "above 0, and finite"),
+    "weight": (0, sys.float_info.max, "of at least 0"),
+}
 # How far from 1 the sum of a pixel's probabilities may be, in half precision with many classes.
 PROBABILITY_TOLERANCE = 0.02
 # How far from 1 the sum of a prior may be.
@@ -30,57 +46,33 @@ PRIOR_TOLERANCE = 1e-3
 FEWEST_PIXELS = 16
 
 
-def check_options(
-    *,
-    reduction: str = "mean",
-    scale: str = "paper",
-    activation: str = "softmax",
-    average: str = "accepted",
-    from_logits: bool = True,
-    align_corners: bool = False,
-    ratio: float | None = None,
-    threshold: float = 0,
-    q: float = 1,
-    weight: float = 0,
-    ignore_index: int = -1,
-) -> None:
+def check_options(**options: Any) -> None:
     """Raise for the first option that is not what it must be."""
-    for name, value, choices in (
-        ("reduction", reduction, ("mean", "sum", "none")),
-        ("scale", scale, ("paper", "reference")),
-        ("activation", activation, ("softmax", "sigmoid")),
-        ("average", average, ("accepted", "valid", "share")),
-    ):
-        if not isinstance(value, str) or value not in choices:
-            wanted = " or ".join(map(repr, choices))
-            raise ValueError(f"{name} must be {wanted}, not {value!r}")
-    for name, flag in (("from_logits", from_logits), ("align_corners", align_corners)):
-        # NumPy's bool, without NumPy.
-        if not isinstance(flag, bool) and type(flag).__name__ not in ("bool_", "bool"):
-            raise TypeError(f"{name} must be True or False, not {flag!r}")
-    if ratio is not None:
-        check_ratio(ratio)
-    for name, number, least, most, wanted in (
-        ("threshold", threshold, 0, 1, "from 0 to 1"),
-        ("q", q, SMALLEST_Q, LARGEST_Q, "above 0, and finite"),
-        ("weight", weight, 0, LARGEST_WEIGHT, "of at least 0"),
-    ):
-        if isinstance(number, bool) or not isinstance(number, Real):
-            raise TypeError(f"{name} must be a number {wanted}, not {number!r}")
-        if not least <= number <= most:
-            raise ValueError(f"{name} must be a number {wanted}, not {number!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index must be an int, not {ignore_index!r}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit into 64 bits, not {ignore_index!r}")
+    for name, value in options.items():
+        if name in CHOICES:
+            if not isinstance(value, str) or value not in CHOICES[name]:
+                wanted = " or ".join(map(repr, CHOICES[name]))
+                raise ValueError(f"{name} must be {wanted}, not {value!r}")
+        elif name in FLAGS:
+            # NumPy's bool, without NumPy.
+            if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+                raise TypeError(f"{name} must be True or False, not {value!r}")
+        elif name == "ignore_index":
+            if isinstance(value, bool) or not isinstance(value, INTEGER):
+                raise TypeError(f"ignore_index must be an int, not {value!r}")
+            if not -(2**63) <= value < 2**63:
+                raise ValueError(f"ignore_index must fit into 64 bits, not {value!r}")
+        elif name != "ratio" or value is not None:
+            check_number(name, value)
 
 
-def check_ratio(ratio: float) -> None:
-    """The exponent of image-wise weights, where a loss cannot do without."""
-    if isinstance(ratio, bool) or not isinstance(ratio, Real):
-        raise TypeError(f"ratio must be a number from -1 to 1, not {ratio!r}")
-    if not -1 <= ratio <= 1:
-        raise ValueError(f"ratio must be a number from -1 to 1, not {ratio!r}")
+def check_number(name: str, value: Any) -> None:
+    """An option that is a number in a range; `ratio` where a loss cannot do without."""
+    least, most, wanted = RANGES[name]
+    if isinstance(value, bool) or not isinstance(value, REAL):
+        raise TypeError(f"{name} must be a number {wanted}, not {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be a number {wanted}, not {value!r}")
 
 
 def check_logits(name: str, logits: Tensor, activation: str) -> None:
@@ -105,10 +97,12 @@ def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, i
     if size is None:
         return None
     # The elements of bytes are ints.
-    pair = size if isinstance(size, (list, tuple)) else (size, size)
+    pair: Any = size if isinstance(size, (list, tuple)) else (size, size)
+    lengths: list[Any] = []
     for length in pair:
-        if isinstance(length, bool) or not isinstance(length, (Integral, torch.SymInt)):
+        if isinstance(length, bool) or not isinstance(length, LENGTH):
             raise TypeError(f"size must be one or two ints (height, width), not {size!r}")
+        lengths.append(length if isinstance(length, torch.SymInt) else int(length))
     if len(pair) != 2 or pair[0] < 1 or pair[1] < 1:
         raise ValueError(
             "size must be one or two positive ints (height, width), for upsampling is "
@@ -119,7 +113,7 @@ def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, i
             "size needs logits of shape (N, C, height, width), for upsampling is two-dimensional "
             f"only, not {tuple(logits.shape)}"
         )
-    height, width = (int(n) if isinstance(n, Integral) else n for n in pair)
+    height, width = lengths
     return height, width
 
 

@@ -7,9 +7,8 @@ class of every pixel, weights from the counts of classes, a weighted sum of pote
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ from maxsquare.checks import (
     check_labels,
     check_logits,
     check_map,
+    check_number,
     check_options,
-    check_ratio,
     check_size,
     check_teacher,
 )
@@ -65,7 +64,9 @@ def max_square(
         logits,
         # The sum of squares is 1 - S_2.
         Tsallis(2, offset=-1, normalised=from_logits),
-        factor=functools.partial(max_square_factor, ratio, scale),
+        factor=0.5,
+        # The published image-wise code leaves out the half.
+        reference_factor=0.5 if ratio is None else 1,
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -97,7 +98,6 @@ def entropy(
     return _tsallis_loss(
         logits,
         Tsallis(1, normalised=from_logits),
-        factor=functools.partial(scale_factor, scale),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -127,10 +127,10 @@ def tsallis_entropy(
     from_logits: bool = True,
 ) -> Tensor:
     """(1 - sum_c p_c^q) / (q - 1): `maxsquare.TsallisEntropyLoss`."""
+    check_options(q=q)
     return _tsallis_loss(
         logits,
         Tsallis(q, normalised=from_logits),
-        factor=functools.partial(scale_factor, scale),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -191,8 +191,8 @@ def guidance_labels(
     check_options(threshold=threshold, ignore_index=ignore_index)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     (low_logits,) = check_heads([low_logits], logits, resized=size is not None)
-    low = _images(low_logits, spec)
-    y, _ = engine.classify(low, z, None, valid, spec, float(threshold))
+    low, low_spec = _images(low_logits, spec)
+    y, _ = engine.classify(low, z, None, valid, low_spec, float(threshold))
     y = y.long()
     if spec.binary:  # the first class is "on"
         y = torch.where((y == 0) | (y == 1), 1 - y, y)
@@ -216,9 +216,9 @@ def guidance_loss(
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     losses = []
     for head in check_heads(low_logits, logits, resized=size is not None):
-        low = _images(head, spec)
-        y, counts = engine.classify(low, z, None, valid, spec, float(threshold))
-        losses.append(_label_loss(logits, low, y, counts, reduction, spec))
+        low, low_spec = _images(head, spec)
+        y, counts = engine.classify(low, z, None, valid, low_spec, float(threshold))
+        losses.append(_label_loss(logits, low, y, counts, reduction, low_spec))
     return torch.stack(losses).sum(0)
 
 
@@ -304,7 +304,7 @@ def image_weights(
         >>> image_weights(torch.eye(2).view(1, 2, 2), ratio=1.0)  # one pixel of either class
         tensor([[1., 1.]])
     """
-    check_ratio(ratio)
+    check_number("ratio", ratio)
     check_options(ignore_index=ignore_index)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     y, counts = engine.classify(z, None, None, valid, spec)
@@ -366,13 +366,13 @@ def teacher_loss(
     check_options(reduction=reduction, threshold=threshold, average=average)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     check_teacher(teacher_logits, logits, resized=size is not None)
-    teacher = _images(teacher_logits, spec)
-    y, counts = engine.classify(teacher, None, None, valid, spec, float(threshold))
+    teacher, teacher_spec = _images(teacher_logits, spec)
+    y, counts = engine.classify(teacher, None, None, valid, teacher_spec, float(threshold))
     accepted = counts[:, :-1].sum()
     if average == "accepted":
         weights = _mean_weights(accepted, z, reduction)
     else:
-        everywhere, counts = engine.classify(teacher, None, None, valid, spec)
+        everywhere, counts = engine.classify(teacher, None, None, valid, teacher_spec)
         counted = counts[:, :-1].sum()
         weights = _mean_weights(counted, z, reduction)
         if average == "share":
@@ -459,15 +459,9 @@ def prediction_counts(
     return counts.sum(1), counts[:, :-1]
 
 
-def max_square_factor(ratio: float | None, scale: str, classes: int) -> float:
-    """The factor of S_2 in the maximum squares loss."""
-    # The published image-wise code leaves out the half.
-    return 0.5 * scale_factor(scale, classes, 1 if ratio is None else 2)
-
-
-def scale_factor(scale: str, classes: int, reference_factor: float = 1) -> float:
-    """What `scale` multiplies a loss by."""
-    return 1.0 if scale == "paper" else reference_factor / classes
+def scale_factor(scale: str, classes: int, factor: float = 1, reference_factor: float = 1) -> float:
+    """The factor of the entropy in a loss."""
+    return factor if scale == "paper" else reference_factor / classes
 
 
 def _class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> tuple[Tensor, Tensor]:
@@ -497,7 +491,8 @@ def _tsallis_loss(
     logits: Tensor,
     potential: Tsallis,
     *,
-    factor: Callable[[int], float],
+    factor: float = 1,
+    reference_factor: float = 1,
     ratio: float | None,
     size: Size,
     align_corners: bool,
@@ -509,13 +504,12 @@ def _tsallis_loss(
     activation: str,
     from_logits: bool,
 ) -> Tensor:
-    """factor(C) times the potential."""
-    check_options(
-        q=potential.q, ratio=ratio, reduction=reduction, scale=scale, ignore_index=ignore_index
-    )
+    """A Tsallis entropy, plain or image-wise, times its factor."""
+    check_options(ratio=ratio, reduction=reduction, scale=scale, ignore_index=ignore_index)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
-    check_image_wise(labels, ratio)
-    multiple, y = factor(spec.classes(z)), None
+    if labels is not None:
+        check_image_wise(labels, ratio)
+    multiple, y = scale_factor(scale, spec.classes(z), factor, reference_factor), None
     if ratio is None:
         pixels = z.shape[0] * math.prod(spec.spatial(z))
         counted = pixels if valid is None else valid.count_nonzero()
@@ -566,10 +560,11 @@ def _prepare(
     """Check what all losses are given: the logits and the mask of images, and how to read them."""
     check_options(activation=activation, from_logits=from_logits, align_corners=align_corners)
     check_logits("logits", logits, activation)
-    size = check_size(size, logits)
     binary = activation == "sigmoid"
-    spec = LogitsSpec(size, bool(align_corners), binary, bool(from_logits))
-    z = _images(logits, spec)
+    z, spec = _images(
+        logits,
+        LogitsSpec(check_size(size, logits), bool(align_corners), binary, bool(from_logits)),
+    )
     if valid is not None:
         check_map("valid", valid, logits, spec.spatial(z))
         valid = _image_maps(valid, logits, spec)
@@ -618,16 +613,16 @@ def _label_classes(
     return engine.classify(z, None, y, valid, spec, ignore_index=ignore_index)
 
 
-def _images(logits: Tensor, spec: LogitsSpec) -> Tensor:
+def _images(logits: Tensor, spec: LogitsSpec) -> tuple[Tensor, LogitsSpec]:
     """Logits as (images, channels, *spatial): (N, C) is one image; sigmoid, one per channel."""
-    z = _drop_subclass(logits)
+    z = logits if type(logits) is Tensor else _drop_subclass(logits)
     z = z.t().unsqueeze(0) if z.dim() == 2 else z
     return engine.prepare(z.flatten(0, 1).unsqueeze(1) if spec.binary else z, spec)
 
 
 def _image_maps(pixels: Tensor, logits: Tensor, spec: LogitsSpec) -> Tensor:
     """A map (N, *spatial) as (images, *spatial), repeated for every channel under sigmoid."""
-    pixels = _drop_subclass(pixels)
+    pixels = pixels if type(pixels) is Tensor else _drop_subclass(pixels)
     pixels = pixels.unsqueeze(0) if logits.dim() == 2 else pixels
     return pixels.repeat_interleave(logits.shape[1], 0) if spec.binary else pixels
 
@@ -644,7 +639,7 @@ def _pixels(maps: Tensor, logits: Tensor, spec: LogitsSpec) -> Tensor:
 
 def _drop_subclass(tensor: Tensor) -> Tensor:
     """Strip a tensor subclass that only adds metadata: it would slow every operation."""
-    if type(tensor) is Tensor or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return tensor
     adds_metadata = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     return tensor.as_subclass(Tensor) if adds_metadata else tensor

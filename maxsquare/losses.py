@@ -11,9 +11,9 @@ from maxsquare import functional
 from maxsquare.checks import (
     can_read,
     check_logits,
+    check_number,
     check_options,
     check_prior,
-    check_ratio,
     warn_of_probabilities,
 )
 from maxsquare.functional import Size
@@ -32,7 +32,10 @@ class _Loss(nn.Module):
 
     def options(self) -> dict[str, Any]:
         """The options by name, as the function of the loss takes them."""
-        return {name: getattr(self, name) for name in self._option_names}
+        options = {}
+        for name in self._option_names:
+            options[name] = getattr(self, name)
+        return options
 
     def extra_repr(self) -> str:
         public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -148,7 +151,8 @@ class MaxSquareLoss(_TargetLoss):
         )
 
     def _entropy(self, classes: int) -> tuple[float, float]:
-        return 2, functional.max_square_factor(self.ratio, self.scale, classes)  # type: ignore[arg-type]
+        reference_factor = 0.5 if self.ratio is None else 1
+        return 2, functional.scale_factor(self.scale, classes, 0.5, reference_factor)  # type: ignore[arg-type]
 
 
 class IWMaxSquareLoss(MaxSquareLoss):
@@ -202,7 +206,7 @@ class IWMaxSquareLoss(MaxSquareLoss):
         activation: str = "softmax",
         from_logits: bool = True,
     ) -> None:
-        check_ratio(ratio)
+        check_number("ratio", ratio)
         super().__init__(
             ratio=ratio,
             ignore_index=ignore_index,
@@ -305,7 +309,7 @@ class IWEntropyLoss(EntropyLoss):
         activation: str = "softmax",
         from_logits: bool = True,
     ) -> None:
-        check_ratio(ratio)
+        check_number("ratio", ratio)
         super().__init__(
             ratio=ratio,
             ignore_index=ignore_index,

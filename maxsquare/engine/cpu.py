@@ -86,6 +86,8 @@ def weighted_sum(
 ) -> tuple[Tensor, Tensor | None]:
     """`plain.weighted_sum`."""
     dtype = accumulation_dtype(z.dtype)
+    if weights.dtype != dtype:
+        weights = weights.to(dtype)
     sums = z.new_empty(z.shape[0], dtype=dtype)
     grad, partial_bytes = None, 8
     if needs_grad and spec.size is None:
@@ -99,7 +101,7 @@ def weighted_sum(
         grad=grad,
         valid=valid,
         y=None if y is None else y.contiguous(),
-        weights=dense(weights, dtype),
+        weights=weights.contiguous(),
         potential=potential,
     )
     return sums, grad
@@ -115,7 +117,7 @@ def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
 
 def scale_grad(grad: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """Every image's gradient times its factor, in a dtype."""
-    grad, factors = grad.contiguous(), dense(factors, grad.dtype)
+    grad, factors = grad.contiguous(), factors.to(grad.dtype).contiguous()
     result = torch.empty_like(grad, dtype=dtype)
     kernel("scale_grad", grad.dtype)(
         DTYPES[dtype],
@@ -167,7 +169,11 @@ def run(
         *pack(z),
         *(NO_TENSOR if guide is None else pack(guide)),
         *(NO_TENSOR if grad is None else pack(grad)),
-        *(pointer(labels), pointer(valid), pointer(y), pointer(weights), result.data_ptr()),
+        0 if labels is None else labels.data_ptr(),
+        0 if valid is None else valid.data_ptr(),
+        0 if y is None else y.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        result.data_ptr(),
         *(height, width, chunks, chunk_size, ignore_index),
         *(q, shift, shift + offset, threshold or 0.0),
         2 + len(spatial),
@@ -200,15 +206,6 @@ def pack(tensor: Tensor) -> tuple[int, ...]:
     shape = tensor.shape
     padding = PADDING[len(shape) - 2]
     return tensor.data_ptr(), *shape, *padding, *tensor.stride(), *padding
-
-
-def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same numbers, one after the other, in a dtype; `to` takes its time even for nothing."""
-    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
-
-
-def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 @functools.cache

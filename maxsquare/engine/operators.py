@@ -64,10 +64,20 @@ def spec_of(height: int | None, width: int | None, *flags: bool) -> LogitsSpec:
 
 
 def kernels_for(z: Tensor) -> ModuleType | None:
-    """The kernels for logits on their device; None: the plain formula."""
-    if z.device.type == "cpu":
-        return cpu if library(accumulation_dtype(z.dtype)) else None
-    return cuda_kernels(z.device) if z.device.type == "cuda" else None
+    """The kernels for logits of their device and dtype; None: the plain formula."""
+    key = z.device, z.dtype
+    if key not in _KERNELS:
+        _KERNELS[key] = _find_kernels(*key)
+    return _KERNELS[key]
+
+
+_KERNELS: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
+
+
+def _find_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    if device.type == "cpu":
+        return cpu if library(accumulation_dtype(dtype)) else None
+    return cuda_kernels(device) if device.type == "cuda" else None
 
 
 def cuda_kernels(device: torch.device) -> ModuleType | None:
@@ -113,17 +123,6 @@ def check_cuda_kernels(device: torch.device) -> ModuleType | None:
     return kernels
 
 
-def supports_operator(z: Tensor, spec: LogitsSpec) -> bool:
-    """Whether kernels take these logits: not probabilities, nor a tensor with its own dispatch."""
-    if not spec.from_logits:
-        return False
-    if torch.compiler.is_compiling():
-        # The compiler would drop an operator's derivatives within a transform that it compiles.
-        return not torch._C._are_functorch_transforms_active() and _has_kernels(z.device, z.dtype)
-    ordinary = type(z).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return ordinary and kernels_for(z) is not None
-
-
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a device has kernels, which a compiler must not trace."""
     return kernels_for(torch.empty(0, dtype=dtype, device=device)) is not None
@@ -133,10 +132,14 @@ def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_traced(*tensors: Tensor) -> bool:
-    """Whether the dispatcher must see an operator: a mode traces it, or a tensor is batched."""
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
-        is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor) for tensor in tensors
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether the dispatcher must see the operators: for a mode, a transform, or forward mode."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_functorch_wrapped_tensor(tensor)
+        or is_legacy_batchedtensor(tensor)
     )
 
 
@@ -158,22 +161,8 @@ def _weighted_sum(
     z: Tensor, weights: Tensor, y: Tensor | None, valid: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, Tensor]:
     *spec, kind, q, offset, needs_grad = numbers
-    return _sums_and_grad(
-        *(z, weights, y, valid, potential_of(kind, q, offset), spec_of(*spec), needs_grad)
-    )
-
-
-def _sums_and_grad(
-    z: Tensor,
-    weights: Tensor,
-    y: Tensor | None,
-    valid: Tensor | None,
-    potential: Potential,
-    spec: LogitsSpec,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    kernels = kernels_for(z) or plain
-    sums, grad = kernels.weighted_sum(z, weights, y, valid, potential, spec, needs_grad)
+    kernels, potential = kernels_for(z) or plain, potential_of(kind, q, offset)
+    sums, grad = kernels.weighted_sum(z, weights, y, valid, potential, spec_of(*spec), needs_grad)
     return sums, z.new_empty((len(z), 0)) if grad is None else grad
 
 
@@ -269,22 +258,40 @@ for _name in ("classify", "weighted_sum", "class_sums", "scale_grad"):
 # Derivatives --------------------------------------------------------------------------------------
 
 
-class _Function(torch.autograd.Function):
-    """A Function whose calls do not inspect its signature."""
-
-    @classmethod
-    def apply(cls, *arguments: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*arguments)
-        # torch.autograd.Function binds arguments to the signature of forward at every call.
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
-
-
-class _WeightedSum(_Function):
-    """The sums and their gradient by z; the latter is empty if not needed."""
+class _WeightedSum(torch.autograd.Function):
+    """The sums; without setup_context, for which PyTorch inspects a signature at every call."""
 
     @staticmethod
     def forward(
+        ctx: Any,
+        z: Tensor,
+        weights: Tensor,
+        y: Tensor | None,
+        valid: Tensor | None,
+        potential: Potential,
+        spec: LogitsSpec,
+        needs_grad: bool,
+    ) -> Tensor:
+        kernels = kernels_for(z) or plain
+        sums: Tensor
+        sums, grad = kernels.weighted_sum(z, weights, y, valid, potential, spec, needs_grad)
+        ctx.potential, ctx.spec, ctx.needs_grad = potential, spec, needs_grad
+        ctx.save_for_backward(z, weights, y, valid, grad)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, sums_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if sums_grad is None:
+            return (None,) * 7
+        options: Any = (ctx.potential, ctx.spec, ctx.needs_grad)
+        return _gradient(sums_grad, *ctx.saved_tensors, *options), *[None] * 6
+
+
+class _TransformedWeightedSum(_WeightedSum):
+    """The sums and their gradient by z, for function transforms; it is empty if not needed."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
         z: Tensor,
         weights: Tensor,
         y: Tensor | None,
@@ -293,8 +300,6 @@ class _WeightedSum(_Function):
         spec: LogitsSpec,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        if not _is_traced(z):
-            return _sums_and_grad(z, weights, y, valid, potential, spec, needs_grad)
         sums, grad = OPERATORS.weighted_sum(
             *(z, weights, y, valid, *spec_numbers(spec), *numbers_of(potential), needs_grad)
         )
@@ -311,34 +316,43 @@ class _WeightedSum(_Function):
         ctx.save_for_forward(*tensors, grad)
 
     @staticmethod
-    def backward(ctx: Any, sums_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        if sums_grad is None:
-            return (None,) * 7
-        options = (ctx.potential, ctx.spec, ctx.needs_grad)
-        return _gradient(sums_grad, *ctx.saved_tensors, *options), *[None] * 6
-
-    @staticmethod
     def jvp(ctx: Any, z_tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
         z = ctx.saved_tensors[0]
         ones = z.new_ones(z.shape[0], dtype=accumulation_dtype(z.dtype))
-        options = (ctx.potential, ctx.spec, ctx.needs_grad)
+        options: Any = (ctx.potential, ctx.spec, ctx.needs_grad)
         gradient = _gradient(ones, *ctx.saved_tensors, *options)
         return (gradient * z_tangent).flatten(1).sum(1, dtype=ones.dtype), None
 
-    vmap = staticmethod(_over_joined_images(lambda *arguments: _WeightedSum.apply(*arguments)))
+    vmap = staticmethod(
+        _over_joined_images(lambda *arguments: _TransformedWeightedSum.apply(*arguments))
+    )
 
 
-class _ClassSums(_Function):
+class _ClassSums(torch.autograd.Function):
     """The sums of probabilities."""
 
     @staticmethod
-    def forward(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
-        kernels = None if _is_traced(z) else kernels_for(z)
-        sums: Tensor = (
-            kernels.class_sums(z, valid, spec)
-            if kernels
-            else OPERATORS.class_sums(z, valid, *spec_numbers(spec))
-        )
+    def forward(ctx: Any, z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
+        kernels = kernels_for(z) or plain
+        ctx.spec = spec
+        ctx.save_for_backward(z, valid)
+        sums: Tensor = kernels.class_sums(z, valid, spec)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, sums_grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, valid = ctx.saved_tensors
+        ones = sums_grad.new_ones(len(z))
+        arguments = (ones, z, sums_grad, None, valid, None, Linear(), ctx.spec, False)
+        return _gradient(*arguments), None, None
+
+
+class _TransformedClassSums(_ClassSums):
+    """The same, for function transforms."""
+
+    @staticmethod
+    def forward(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:  # type: ignore[override]
+        sums: Tensor = OPERATORS.class_sums(z, valid, *spec_numbers(spec))
         return sums
 
     @staticmethod
@@ -346,14 +360,6 @@ class _ClassSums(_Function):
         *tensors, ctx.spec = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, sums_grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, valid = ctx.saved_tensors
-        ones = sums_grad.new_ones(len(z))
-        no_grad = z.new_empty((len(z), 0))
-        arguments = (ones, z, sums_grad, None, valid, no_grad, Linear(), ctx.spec, False)
-        return _gradient(*arguments), None, None
 
     @staticmethod
     def jvp(ctx: Any, z_tangent: Tensor, *_: Any) -> Tensor:
@@ -365,19 +371,41 @@ class _ClassSums(_Function):
         tangent: Tensor = transposed(z_tangent)[0]
         return tangent
 
-    vmap = staticmethod(_over_joined_images(lambda *arguments: _ClassSums.apply(*arguments)))
+    vmap = staticmethod(
+        _over_joined_images(lambda *arguments: _TransformedClassSums.apply(*arguments))
+    )
 
 
-def _gradient(sums_grad: Tensor, z: Tensor, weights: Tensor, *rest: Any) -> Tensor:
-    """The gradient by z, differentiable where somebody may differentiate it."""
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _is_traced(sums_grad, z):
-        gradient: Tensor = _Gradient.apply(sums_grad, z, weights, *rest)
-        return gradient
-    return _Gradient.forward(sums_grad, z, weights, *rest)
+def _gradient(
+    sums_grad: Tensor,
+    z: Tensor,
+    weights: Tensor,
+    y: Tensor | None,
+    valid: Tensor | None,
+    grad: Tensor | None,
+    potential: Potential,
+    spec: LogitsSpec,
+    needs_grad: bool,
+) -> Tensor:
+    """The gradient by z, differentiable where somebody may differentiate it.
+
+    grad: that of an upstream gradient of ones, if the sums came with it (needs_grad).
+    """
+    gradient: Tensor
+    if torch.is_grad_enabled() or _is_transformed(sums_grad) or _is_transformed(z):
+        options = (potential, spec, needs_grad)
+        gradient = _Gradient.apply(sums_grad, z, weights, y, valid, grad, *options)
+    elif needs_grad:
+        assert grad is not None
+        gradient = _scale_grad(grad, sums_grad, z)
+    else:
+        kernels, weights = kernels_for(z) or plain, weights * sums_grad.unsqueeze(1)
+        gradient = kernels.weighted_sum(z, weights, y, valid, potential, spec, True)[1].to(z.dtype)
+    return gradient
 
 
-class _Gradient(_Function):
-    """The gradient of the sums by z; its own derivatives are those of the plain formula."""
+class _Gradient(torch.autograd.Function):
+    """`_gradient`; its own derivatives are those of the plain formula."""
 
     @staticmethod
     def forward(
@@ -386,24 +414,19 @@ class _Gradient(_Function):
         weights: Tensor,
         y: Tensor | None,
         valid: Tensor | None,
-        grad: Tensor,
+        grad: Tensor | None,
         potential: Potential,
         spec: LogitsSpec,
         needs_grad: bool,
     ) -> Tensor:
-        """grad: that of an upstream gradient of ones, if the sums came with it (needs_grad)."""
-        traced = _is_traced(sums_grad, z)
+        gradient: Tensor
         if needs_grad:
-            scale_grad = OPERATORS.scale_grad if traced else _scale_grad
-            gradient: Tensor = scale_grad(grad, sums_grad, z)
-            return gradient
-        weights = weights * sums_grad.unsqueeze(1)
-        if traced:
-            numbers = (*spec_numbers(spec), *numbers_of(potential))
-            _, gradient = OPERATORS.weighted_sum(z, weights, y, valid, *numbers, True)
+            gradient = OPERATORS.scale_grad(grad, sums_grad, z)
         else:
-            _, gradient = _sums_and_grad(z, weights, y, valid, potential, spec, True)
-        return gradient.to(z.dtype)
+            weights, numbers = weights * sums_grad.unsqueeze(1), numbers_of(potential)
+            arguments = (z, weights, y, valid, *spec_numbers(spec), *numbers, True)
+            gradient = OPERATORS.weighted_sum(*arguments)[1].to(z.dtype)
+        return gradient
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -454,11 +477,11 @@ class _Gradient(_Function):
 def _setup_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors, spec, (*potential, needs_grad) = inputs[:4], inputs[4:8], inputs[8:]
     typed = (*tensors, potential_of(*potential), spec_of(*spec), needs_grad)
-    _WeightedSum.setup_context(ctx, typed, output)
+    _TransformedWeightedSum.setup_context(ctx, typed, output)
 
 
 def _setup_class_sums(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _ClassSums.setup_context(ctx, (*inputs[:2], spec_of(*inputs[2:])), output)
+    _TransformedClassSums.setup_context(ctx, (*inputs[:2], spec_of(*inputs[2:])), output)
 
 
 torch.library.register_autograd(
@@ -476,9 +499,21 @@ torch.library.register_autograd(
 # Calls --------------------------------------------------------------------------------------------
 
 
-def prepare(z: Tensor, spec: LogitsSpec) -> Tensor:
-    """Logits, upsampled once for all steps of a loss where no kernel upsamples them."""
-    return z if supports_operator(z, spec) else plain.upsampled(z, spec)
+def prepare(z: Tensor, spec: LogitsSpec) -> tuple[Tensor, LogitsSpec]:
+    """Logits and how they are read; upsampled once for all steps where no kernel takes them."""
+    if not spec.from_logits:
+        has_kernels = False
+    elif torch.compiler.is_compiling():
+        # The compiler would drop an operator's derivatives within a transform that it compiles.
+        ordinary = not torch._C._are_functorch_transforms_active()
+        has_kernels = ordinary and _has_kernels(z.device, z.dtype)
+    else:
+        ordinary = type(z).__torch_dispatch__ is Tensor.__torch_dispatch__
+        has_kernels = ordinary and kernels_for(z) is not None
+    if has_kernels:
+        return z, spec
+    how = (spec.size, spec.align_corners, spec.binary, spec.from_logits)
+    return plain.upsampled(z, spec), LogitsSpec(*how, has_kernels=False)
 
 
 def classify(
@@ -492,14 +527,11 @@ def classify(
 ) -> tuple[Tensor, Tensor]:
     """`plain.classify` by the fastest path."""
     tensors = (z.detach(), None if guide is None else guide.detach(), labels, valid)
-    if not supports_operator(z, spec):
-        return plain.classify(*tensors, spec, threshold, ignore_index)
-    given = [tensor for tensor in tensors if tensor is not None]
-    if not torch.compiler.is_compiling() and not _is_traced(*given):
-        kernels = kernels_for(z) or plain
-        return kernels.classify(*tensors, spec, threshold, ignore_index)  # type: ignore[no-any-return]
-    y, counts = OPERATORS.classify(*tensors, *spec_numbers(spec), threshold, ignore_index)
-    return y, counts
+    if spec.has_kernels and (torch.compiler.is_compiling() or _is_transformed(z)):
+        y, counts = OPERATORS.classify(*tensors, *spec_numbers(spec), threshold, ignore_index)
+        return y, counts
+    kernels = spec.has_kernels and kernels_for(z) or plain
+    return kernels.classify(*tensors, spec, threshold, ignore_index)  # type: ignore[no-any-return]
 
 
 def weighted_sum(
@@ -511,23 +543,28 @@ def weighted_sum(
     spec: LogitsSpec,
 ) -> Tensor:
     """`plain.weighted_sum` by the fastest path, without its gradient."""
-    if not supports_operator(z, spec):
+    if not spec.has_kernels:
         return plain.weighted_sum(z, weights, y, valid, potential, spec)[0]
     needs_grad = spec.size is not None and torch.is_grad_enabled() and z.requires_grad
+    sums: Tensor
     if torch.compiler.is_compiling():
         numbers = (*spec_numbers(spec), *numbers_of(potential), needs_grad)
-        sums: Tensor = OPERATORS.weighted_sum(z, weights, y, valid, *numbers)[0]
+        sums = OPERATORS.weighted_sum(z, weights, y, valid, *numbers)[0]
+    elif _is_transformed(z):
+        arguments = (z, weights, y, valid, potential, spec, needs_grad)
+        sums = _TransformedWeightedSum.apply(*arguments)[0]
     else:
-        sums = _WeightedSum.apply(z, weights, y, valid, potential, spec, needs_grad)[0]
+        sums = _WeightedSum.apply(z, weights, y, valid, potential, spec, needs_grad)
     return sums
 
 
 def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
     """`plain.class_sums` by the fastest path."""
-    if not supports_operator(z, spec):
+    if not spec.has_kernels:
         return plain.class_sums(z, valid, spec)
     if torch.compiler.is_compiling():
         sums: Tensor = OPERATORS.class_sums(z, valid, *spec_numbers(spec))
     else:
-        sums = _ClassSums.apply(z, valid, spec)
+        function = _TransformedClassSums if _is_transformed(z) else _ClassSums
+        sums = function.apply(z, valid, spec)
     return sums

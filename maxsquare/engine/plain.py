@@ -24,13 +24,14 @@ class LogitsSpec:
 
     size: upsampled bilinearly to this height and width, or as they are. align_corners: as in
     `F.interpolate`. binary: a single channel, two classes with logits (z, 0). from_logits: False
-    if the input holds probabilities.
+    if the input holds probabilities. has_kernels: False if the plain formula must compute.
     """
 
     size: tuple[int, int] | None = None
     align_corners: bool = False
     binary: bool = False
     from_logits: bool = True
+    has_kernels: bool = True
 
     def classes(self, z: Tensor) -> int:
         return 2 if self.binary else z.shape[1]
