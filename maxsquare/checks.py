@@ -165,18 +165,21 @@ def check_teacher(teacher_logits: Tensor, logits: Tensor, *, resized: bool) -> N
 
 
 def check_prior(prior: Sequence[float] | Tensor | None, activation: str) -> Tensor | None:
-    """The expected proportions of classes, (C,), of sum 1, or of each channel under sigmoid."""
+    """The expected proportions of classes, (C,), of sum 1, or of each channel under sigmoid.
+
+    They have PyTorch's default dtype, because not every device has float64.
+    """
     if prior is None:
         return None
     try:
-        tau = torch.as_tensor(prior, dtype=torch.float64).detach().clone()
+        tau = torch.as_tensor(prior, dtype=torch.get_default_dtype()).detach().clone()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"prior must be a tensor or a sequence of numbers, not {prior!r}") from None
     if tau.dim() != 1 or not bool(((tau >= 0) & (tau <= 1)).all()):
         raise ValueError(f"prior must be (C,) numbers from 0 to 1, not {prior!r}")
     if activation == "softmax" and abs(tau.sum().item() - 1) > PRIOR_TOLERANCE:
         raise ValueError(f"prior must sum to 1, not to {tau.sum().item():g}")
-    return tau if tau.device.type != "mps" else tau.float()
+    return tau
 
 
 def check_map(name: str, pixels: Tensor, logits: Tensor, spatial: Sequence[int]) -> None:

@@ -546,7 +546,7 @@ def _reduce(
     if reduction == "none":
         terms = engine.weighted_terms(z, weights, y, valid, potential, spec)
         return _pixels(terms, logits, spec)
-    return engine.weighted_sum(z, weights, y, valid, potential, spec).sum()
+    return engine.weighted_sum(z, weights, y, valid, potential, spec)
 
 
 def _prepare(
@@ -573,6 +573,11 @@ def _prepare(
 
 def _mean_weights(counted: Tensor | int, z: Tensor, reduction: str, factor: float = 1) -> Tensor:
     """(N, 1) weights of the pixels of images in their sum, or in the mean over those counted."""
+    if reduction == "mean" and factor in (0.5, 1) and type(counted) is int:
+        # With these factors Python's division rounds to the same bits as a tensor's, in less time.
+        # A compiler, for which the number may be symbolic, would take the quotient for a constant.
+        if not torch.compiler.is_compiling():
+            factor, reduction = factor / max(counted, 1), "sum"
     weights = z.new_full((z.shape[0], 1), factor, dtype=engine.accumulation_dtype(z.dtype))
     if reduction != "mean":
         return weights

@@ -585,7 +585,8 @@ class InformationMaximizationLoss(nn.Module):
         return self.target_loss.from_logits  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
-        prior = None if self.prior is None else self.prior.tolist()
+        # Seven digits, because float32 has no more.
+        prior = None if self.prior is None else [round(p, 7) for p in self.prior.tolist()]
         return f"weight={self.weight!r}, prior={prior!r}"
 
 

@@ -117,7 +117,7 @@ def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
 
 def scale_grad(grad: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """Every image's gradient times its factor, in a dtype."""
-    grad, factors = grad.contiguous(), factors.to(grad.dtype).contiguous()
+    grad, factors = grad.contiguous(), factors.to(grad.dtype).expand(len(grad)).contiguous()
     result = torch.empty_like(grad, dtype=dtype)
     kernel("scale_grad", grad.dtype)(
         DTYPES[dtype],

@@ -259,7 +259,7 @@ for _name in ("classify", "weighted_sum", "class_sums", "scale_grad"):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """The sums; without setup_context, for which PyTorch inspects a signature at every call."""
+    """The sum over images; without setup_context, as PyTorch inspects signatures for that."""
 
     @staticmethod
     def forward(
@@ -272,26 +272,24 @@ class _WeightedSum(torch.autograd.Function):
         spec: LogitsSpec,
         needs_grad: bool,
     ) -> Tensor:
-        kernels = kernels_for(z) or plain
-        sums: Tensor
+        kernels: Any = kernels_for(z)
         sums, grad = kernels.weighted_sum(z, weights, y, valid, potential, spec, needs_grad)
         ctx.potential, ctx.spec, ctx.needs_grad = potential, spec, needs_grad
         ctx.save_for_backward(z, weights, y, valid, grad)
-        return sums
+        total: Tensor = sums.squeeze(0) if len(sums) == 1 else sums.sum()
+        return total
 
     @staticmethod
-    def backward(ctx: Any, sums_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if sums_grad is None:
-            return (None,) * 7
+    def backward(ctx: Any, total_grad: Tensor) -> tuple[Tensor | None, ...]:
         options: Any = (ctx.potential, ctx.spec, ctx.needs_grad)
-        return _gradient(sums_grad, *ctx.saved_tensors, *options), *[None] * 6
+        return _gradient(total_grad, *ctx.saved_tensors, *options), *[None] * 6
 
 
-class _TransformedWeightedSum(_WeightedSum):
+class _TransformedWeightedSum(torch.autograd.Function):
     """The sums and their gradient by z, for function transforms; it is empty if not needed."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         z: Tensor,
         weights: Tensor,
         y: Tensor | None,
@@ -316,6 +314,13 @@ class _TransformedWeightedSum(_WeightedSum):
         ctx.save_for_forward(*tensors, grad)
 
     @staticmethod
+    def backward(ctx: Any, sums_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if sums_grad is None:
+            return (None,) * 7
+        options: Any = (ctx.potential, ctx.spec, ctx.needs_grad)
+        return _gradient(sums_grad, *ctx.saved_tensors, *options), *[None] * 6
+
+    @staticmethod
     def jvp(ctx: Any, z_tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
         z = ctx.saved_tensors[0]
         ones = z.new_ones(z.shape[0], dtype=accumulation_dtype(z.dtype))
@@ -333,7 +338,7 @@ class _ClassSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
-        kernels = kernels_for(z) or plain
+        kernels: Any = kernels_for(z)
         ctx.spec = spec
         ctx.save_for_backward(z, valid)
         sums: Tensor = kernels.class_sums(z, valid, spec)
@@ -342,7 +347,7 @@ class _ClassSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, sums_grad: Tensor) -> tuple[Tensor | None, ...]:
         z, valid = ctx.saved_tensors
-        ones = sums_grad.new_ones(len(z))
+        ones = sums_grad.new_ones(z.shape[0])
         arguments = (ones, z, sums_grad, None, valid, None, Linear(), ctx.spec, False)
         return _gradient(*arguments), None, None
 
@@ -389,18 +394,22 @@ def _gradient(
 ) -> Tensor:
     """The gradient by z, differentiable where somebody may differentiate it.
 
-    grad: that of an upstream gradient of ones, if the sums came with it (needs_grad).
+    sums_grad: the upstream gradient of every image, or one of all. grad: the gradient for ones in
+    its place, if the sums came with it (needs_grad).
     """
     gradient: Tensor
-    if torch.is_grad_enabled() or _is_transformed(sums_grad) or _is_transformed(z):
-        options = (potential, spec, needs_grad)
+    if torch.is_grad_enabled() or _is_transformed(sums_grad):
+        sums_grad, options = sums_grad.expand(z.shape[0]), (potential, spec, needs_grad)
         gradient = _Gradient.apply(sums_grad, z, weights, y, valid, grad, *options)
     elif needs_grad:
         assert grad is not None
         gradient = _scale_grad(grad, sums_grad, z)
     else:
-        kernels, weights = kernels_for(z) or plain, weights * sums_grad.unsqueeze(1)
-        gradient = kernels.weighted_sum(z, weights, y, valid, potential, spec, True)[1].to(z.dtype)
+        kernels = kernels_for(z) or plain
+        weights = weights * (sums_grad.unsqueeze(1) if sums_grad.dim() else sums_grad)
+        _, gradient = kernels.weighted_sum(z, weights, y, valid, potential, spec, True)
+        if gradient.dtype != z.dtype:
+            gradient = gradient.to(z.dtype)
     return gradient
 
 
@@ -486,7 +495,7 @@ def _setup_class_sums(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 torch.library.register_autograd(
     "maxsquare::weighted_sum",
-    lambda ctx, *grads: (_WeightedSum.backward(ctx, *grads)[0], *[None] * 11),
+    lambda ctx, *grads: (_TransformedWeightedSum.backward(ctx, *grads)[0], *[None] * 11),
     setup_context=_setup_weighted_sum,
 )
 torch.library.register_autograd(
@@ -527,11 +536,14 @@ def classify(
 ) -> tuple[Tensor, Tensor]:
     """`plain.classify` by the fastest path."""
     tensors = (z.detach(), None if guide is None else guide.detach(), labels, valid)
-    if spec.has_kernels and (torch.compiler.is_compiling() or _is_transformed(z)):
+    if not spec.has_kernels:
+        return plain.classify(*tensors, spec, threshold, ignore_index)
+    if torch.compiler.is_compiling() or _is_transformed(z):
         y, counts = OPERATORS.classify(*tensors, *spec_numbers(spec), threshold, ignore_index)
-        return y, counts
-    kernels = spec.has_kernels and kernels_for(z) or plain
-    return kernels.classify(*tensors, spec, threshold, ignore_index)  # type: ignore[no-any-return]
+    else:
+        kernels: Any = kernels_for(z)
+        y, counts = kernels.classify(*tensors, spec, threshold, ignore_index)
+    return y, counts
 
 
 def weighted_sum(
@@ -542,20 +554,20 @@ def weighted_sum(
     potential: Potential,
     spec: LogitsSpec,
 ) -> Tensor:
-    """`plain.weighted_sum` by the fastest path, without its gradient."""
+    """The sum of `plain.weighted_sum` over images, by the fastest path, without its gradient."""
     if not spec.has_kernels:
-        return plain.weighted_sum(z, weights, y, valid, potential, spec)[0]
+        return plain.weighted_sum(z, weights, y, valid, potential, spec)[0].sum()
     needs_grad = spec.size is not None and torch.is_grad_enabled() and z.requires_grad
-    sums: Tensor
+    total: Tensor
     if torch.compiler.is_compiling():
         numbers = (*spec_numbers(spec), *numbers_of(potential), needs_grad)
-        sums = OPERATORS.weighted_sum(z, weights, y, valid, *numbers)[0]
+        total = OPERATORS.weighted_sum(z, weights, y, valid, *numbers)[0].sum()
     elif _is_transformed(z):
         arguments = (z, weights, y, valid, potential, spec, needs_grad)
-        sums = _TransformedWeightedSum.apply(*arguments)[0]
+        total = _TransformedWeightedSum.apply(*arguments)[0].sum()
     else:
-        sums = _WeightedSum.apply(z, weights, y, valid, potential, spec, needs_grad)
-    return sums
+        total = _WeightedSum.apply(z, weights, y, valid, potential, spec, needs_grad)
+    return total
 
 
 def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
