@@ -1,7 +1,7 @@
-"""What every argument must be: TypeError for the wrong kind, ValueError for the wrong value.
+"""Checks of all arguments: TypeError for a wrong kind, ValueError for a wrong value.
 
-No check reads the elements of a tensor on a GPU, so none waits for it; `warn_of_probabilities`
-does, once for every module.
+No check reads elements of a GPU tensor, for which the host would wait, except
+`warn_of_probabilities`, once per module.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INTEGERS = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
-# NumPy's numbers are abstract ones. Python's are too, but take longer to be recognised as such.
+# The abstract classes accept NumPy's numbers, but Python's own types match faster.
 INTEGER: Any = (int, Integral)
 LENGTH: Any = (int, torch.SymInt, Integral)
 REAL: Any = (int, float, Real)
@@ -54,7 +54,7 @@ def check_options(**options: Any) -> None:
                 wanted = " or ".join(map(repr, CHOICES[name]))
                 raise ValueError(f"{name} must be {wanted}, not {value!r}")
         elif name in FLAGS:
-            # NumPy's bool, without NumPy.
+            # This accepts NumPy's bool without importing NumPy.
             if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
                 raise TypeError(f"{name} must be True or False, not {value!r}")
         elif name == "ignore_index":
@@ -67,7 +67,7 @@ def check_options(**options: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """An option that is a number in a range; `ratio` where a loss cannot do without."""
+    """Raise if an option is not a number in its range; `ratio` must not be None here."""
     least, most, wanted = RANGES[name]
     if isinstance(value, bool) or not isinstance(value, REAL):
         raise TypeError(f"{name} must be a number {wanted}, not {value!r}")
@@ -96,7 +96,7 @@ def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, i
     """`size` as (height, width); only logits with two spatial dimensions have one."""
     if size is None:
         return None
-    # The elements of bytes are ints.
+    # Not any sequence: the elements of bytes are ints.
     pair: Any = size if isinstance(size, (list, tuple)) else (size, size)
     lengths: list[Any] = []
     for length in pair:
@@ -120,7 +120,7 @@ def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, i
 def check_heads(
     low_logits: Tensor | Sequence[Tensor], logits: Tensor, *, resized: bool
 ) -> list[Tensor]:
-    """The low-level heads, each like `logits` in all but, before resizing, its resolution."""
+    """The low-level heads, which must match `logits`, up to height and width if resized."""
     heads = [low_logits] if isinstance(low_logits, Tensor) else low_logits
     if not isinstance(heads, (list, tuple)) or not heads:
         given = repr(heads) if isinstance(heads, (list, tuple)) else type(heads).__name__
@@ -140,7 +140,7 @@ def check_heads(
 
 
 def check_image_wise(labels: Tensor | None, ratio: float | None) -> None:
-    """Only image-wise losses have a use for labels."""
+    """Only image-wise losses use labels."""
     if labels is not None and ratio is None:
         raise ValueError(
             "labels must be None for a loss that is not image-wise: they count the classes of "
@@ -149,7 +149,7 @@ def check_image_wise(labels: Tensor | None, ratio: float | None) -> None:
 
 
 def check_teacher(teacher_logits: Tensor, logits: Tensor, *, resized: bool) -> None:
-    """A teacher's logits, like `logits` in all but its dtype and, before resizing, resolution."""
+    """A teacher's logits match `logits` up to dtype, and up to height and width if resized."""
     _tensor("teacher_logits", teacher_logits)
     if teacher_logits.dtype not in FLOATS:
         raise TypeError(f"teacher_logits must be floating point, not {teacher_logits.dtype}")
@@ -165,9 +165,9 @@ def check_teacher(teacher_logits: Tensor, logits: Tensor, *, resized: bool) -> N
 
 
 def check_prior(prior: Sequence[float] | Tensor | None, activation: str) -> Tensor | None:
-    """The expected proportions of classes, (C,), of sum 1, or of each channel under sigmoid.
+    """The expected proportions (C,) of classes, which sum to 1, or with sigmoid of each channel.
 
-    They have PyTorch's default dtype, because not every device has float64.
+    They have PyTorch's default dtype, because some devices lack float64.
     """
     if prior is None:
         return None
@@ -201,12 +201,12 @@ def check_map(name: str, pixels: Tensor, logits: Tensor, spatial: Sequence[int])
 
 
 def check_labels(labels: object) -> None:
-    """Labels that a loss learns from have to be there."""
+    """A loss that learns from labels requires them."""
     _tensor("labels", labels)
 
 
 def check_classes(labels: Tensor, unknown: Tensor, classes: int, ignore_index: int) -> None:
-    """Labels on a CPU have to be classes; unknown: how many are not, of each image."""
+    """Labels on a CPU must be classes; unknown: how many of each image are not."""
     if labels.device.type != "cpu" or not can_read(unknown) or not unknown.any():
         return
     y = labels.long()
@@ -218,7 +218,7 @@ def check_classes(labels: Tensor, unknown: Tensor, classes: int, ignore_index: i
 
 
 def warn_of_probabilities(name: str, logits: Tensor, activation: str, from_logits: bool) -> None:
-    """Warn if what is given as logits looks like probabilities, or as probabilities does not."""
+    """Warn if logits look like probabilities, or if probabilities do not."""
     if logits.numel() < FEWEST_PIXELS * (logits.shape[1] if activation == "softmax" else 1):
         return
     x = logits.detach()
@@ -241,12 +241,12 @@ def warn_of_probabilities(name: str, logits: Tensor, activation: str, from_logit
     else:
         return
     silence = 'warnings.filterwarnings("ignore", "maxsquare:")'
-    # Seen from here, nn.Module's two wrappers of forward stand before the caller's line.
+    # nn.Module's two wrappers of forward lie between this frame and the caller's.
     warnings.warn(f"maxsquare: {said} ({silence} silences this.)", stacklevel=6)
 
 
 def can_read(tensor: Tensor) -> bool:
-    """Whether its elements may be looked at here: not by a compiler, transform, or capture."""
+    """Whether a tensor's elements can be read, unlike in a compiler, transform or graph capture."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

@@ -1,8 +1,8 @@
-"""Every definition: the losses, their image weights, guidance and reductions.
+"""The losses as functions, with their image weights, guidance and reductions.
 
-The functions take the options of the modules in `maxsquare`, under the same names and with the same
-defaults; formulas, shapes and errors are documented there. Each loss is at most three steps: the
-class of every pixel, weights from the counts of classes, a weighted sum of potentials.
+The functions take the options of the modules in `maxsquare`, with the same names and defaults; the
+modules document them, the formulas, shapes and errors. Each loss takes at most three steps: it
+classifies every pixel, derives weights from the class counts, and sums weighted potentials.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def max_square(
     activation: str = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """-1/2 sum_c p_c^2: `maxsquare.MaxSquareLoss`; with a ratio, `maxsquare.IWMaxSquareLoss`."""
+    """-1/2 sum_c p_c^2, as in `maxsquare.MaxSquareLoss`, or with a ratio in `IWMaxSquareLoss`."""
     return _tsallis_loss(
         logits,
         # The sum of squares is 1 - S_2.
@@ -94,7 +94,7 @@ def entropy(
     activation: str = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """-sum_c p_c log p_c: `maxsquare.EntropyLoss`; with a ratio, `maxsquare.IWEntropyLoss`."""
+    """-sum_c p_c log p_c, as in `maxsquare.EntropyLoss`, or with a ratio in `IWEntropyLoss`."""
     return _tsallis_loss(
         logits,
         Tsallis(1, normalised=from_logits),
@@ -126,7 +126,7 @@ def tsallis_entropy(
     activation: str = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """(1 - sum_c p_c^q) / (q - 1): `maxsquare.TsallisEntropyLoss`."""
+    """(1 - sum_c p_c^q) / (q - 1), as in `maxsquare.TsallisEntropyLoss`."""
     check_options(q=q)
     return _tsallis_loss(
         logits,
@@ -156,7 +156,7 @@ def pseudo_label_loss(
     activation: str = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """Cross entropy against the confident prediction itself: `maxsquare.PseudoLabelLoss`."""
+    """Cross entropy against the confident prediction itself, as in `maxsquare.PseudoLabelLoss`."""
     check_image_wise(labels, None)
     check_options(reduction=reduction, threshold=threshold)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
@@ -178,14 +178,14 @@ def guidance_labels(
 ) -> Tensor:
     """The self-produced labels of `maxsquare.MultiLevelGuidance`, int64 (N, *spatial).
 
-    The class of the larger mean probability of both heads where one of them is above the
-    threshold, `ignore_index` elsewhere, C where a probability is NaN. With
-    activation="sigmoid" (N, C, *spatial): 1 on, 0 off, 2 NaN. Options, errors and source as in
-    `maxsquare.MultiLevelGuidance`.
+    A label is the class of the largest mean probability of both heads if one of them exceeds the
+    threshold, `ignore_index` if neither does, and C if a probability is NaN. With
+    activation="sigmoid" the shape is (N, C, *spatial), and a label is 1 (on), 0 (off) or 2 (NaN).
+    Options, errors and source are those of `maxsquare.MultiLevelGuidance`.
 
     Example:
         >>> logits, low_logits = torch.tensor([[[9.0, 1.0], [0.0, 0.0]]]), torch.zeros(1, 2, 2)
-        >>> guidance_labels(logits, low_logits)  # the second pixel is not sure
+        >>> guidance_labels(logits, low_logits)  # the second pixel is unsure
         tensor([[ 0, -1]])
     """
     check_options(threshold=threshold, ignore_index=ignore_index)
@@ -211,7 +211,7 @@ def guidance_loss(
     activation: str = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """Low-level heads learn from the averaged prediction: `maxsquare.MultiLevelGuidance`."""
+    """Cross entropy against the averaged prediction, as in `maxsquare.MultiLevelGuidance`."""
     check_options(reduction=reduction, threshold=threshold)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     losses = []
@@ -233,7 +233,7 @@ def cross_entropy(
     reduction: str = "mean",
     activation: str = "softmax",
 ) -> Tensor:
-    r"""Cross entropy -log p_y of labelled pixels, the upsampling of the logits included.
+    r"""Cross entropy -log p_y of labelled pixels, which upsamples the logits itself.
 
     .. math:: \frac{1}{|V|} \sum_{n \in V} -\log p_{n, y_n}, \qquad
               V = \{n : y_n \notin \{-1, \text{ignore\_index}\}\}
@@ -247,15 +247,15 @@ def cross_entropy(
             raise an error, the host would have to wait for it).
         size: height and width to which the logits are upsampled bilinearly first.
         align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
-        valid: bool, the shape of `labels`; pixels that count.
+        valid: bool, of the shape of `labels`; the pixels that count.
         ignore_index: a further label that does not count.
-        reduction: "mean" over the pixels that count (of several processes: README.md), "sum", or
-            "none".
-        activation: "softmax", or "sigmoid": the binary cross entropy of every channel, whose label
-            is whether the pixel's is that channel's class; of a single channel, whether it is 1.
+        reduction: "mean" over the pixels that count (for several processes see README.md), "sum",
+            or "none".
+        activation: "softmax", or "sigmoid": the binary cross entropy of every channel, which is on
+            where the label is that channel; a single channel is on where the label is 1.
 
     Shape:
-        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial). float32 for
+        A scalar; with reduction="none" (N, *spatial), with sigmoid (N, C, *spatial). float32 for
         half-precision logits.
 
     Raises:
@@ -296,12 +296,12 @@ def image_weights(
 
     .. math:: w_n = 1 / \max(N_c^a\, N^{1-a},\ 1), \qquad a = \text{ratio}
 
-    c is the pixel's predicted class, N_c the number of the image's pixels of that class and
-    N that of all. Options, errors and source as in `maxsquare.IWMaxSquareLoss`; with
-    activation="sigmoid" the shape is (N, C, *spatial).
+    c is the predicted class of the pixel, N_c the number of pixels of that class in its image, and
+    N the number of all of them. With activation="sigmoid" the shape is (N, C, *spatial). Options,
+    errors and source are those of `maxsquare.IWMaxSquareLoss`.
 
     Example:
-        >>> image_weights(torch.eye(2).view(1, 2, 2), ratio=1.0)  # one pixel of either class
+        >>> image_weights(torch.eye(2).view(1, 2, 2), ratio=1.0)  # one pixel of each class
         tensor([[1., 1.]])
     """
     check_number("ratio", ratio)
@@ -332,10 +332,10 @@ def class_proportions(
 
     .. math:: \bar p_{b,c} = \frac{1}{N_b} \sum_n p_{b,n,c}
 
-    Its gradient by z_{n,c} is p_{n,c} (G_c - sum_k p_{n,k} G_k) / N_b, G the upstream gradient.
-    Zeros where an image has no valid pixel. With activation="sigmoid" the mean of every channel.
-    Logits (N, C) are one image of N pixels. Options, shapes and errors as in
-    `maxsquare.MaxSquareLoss`; float32 for half-precision logits.
+    Its gradient with respect to z_{n,c} is p_{n,c} (G_c - sum_k p_{n,k} G_k) / N_b, where G is the
+    upstream gradient. An image without valid pixels gives zeros. With activation="sigmoid" the
+    result is the mean of every channel. Logits (N, C) are one image of N pixels. Options, shapes
+    and errors are those of `maxsquare.MaxSquareLoss`; half-precision logits give float32.
 
     Example:
         >>> class_proportions(torch.tensor([[[9.0, -9.0], [-9.0, 9.0]]]))
@@ -362,7 +362,7 @@ def teacher_loss(
     activation: str = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """Cross entropy against the classes of a sure teacher: `maxsquare.TeacherLoss`."""
+    """Cross entropy against the classes of a confident teacher, as in `maxsquare.TeacherLoss`."""
     check_options(reduction=reduction, threshold=threshold, average=average)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     check_teacher(teacher_logits, logits, resized=size is not None)
@@ -397,13 +397,13 @@ def prediction_divergence(
 ) -> Tensor:
     """The divergence D_q of `maxsquare.InformationMaximizationLoss`, times the pixels' weights.
 
-    Those are the weights that a loss of this ratio and reduction gives its pixels: their sum is 1
-    for a mean over pixels, and with reduction="none" every pixel has its own share of the term.
+    A loss with this ratio and reduction gives its pixels these weights. They sum to 1 for a mean
+    over pixels; with reduction="none" every pixel has its own share of the term.
     """
     z, counted_map, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     sums, counted = _class_sums(z, counted_map, spec)
     groups = logits.shape[1] if spec.binary else 1
-    # (channels or 1, classes): sigmoid has a mean prediction for every channel.
+    # Shape (channels or 1, classes): with sigmoid every channel has its own mean prediction.
     total = counted.view(-1, groups).sum(0).clamp_min(1).unsqueeze(1)
     mean = sums.view(-1, groups, sums.shape[1]).sum(0) / total
     classes = mean.shape[1]
@@ -453,19 +453,19 @@ def prediction_divergence(
 def prediction_counts(
     logits: Tensor, *, size: Size, align_corners: bool, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(N,) numbers of counted pixels, and (N, C) numbers of pixels predicted as each class."""
+    """The numbers (N,) of counted pixels, and (N, C) of pixels predicted as each class."""
     z, valid, spec = _prepare(logits, size, align_corners, valid)
     _, counts = engine.classify(z, None, None, valid, spec)
     return counts.sum(1), counts[:, :-1]
 
 
 def scale_factor(scale: str, classes: int, factor: float = 1, reference_factor: float = 1) -> float:
-    """The factor of the entropy in a loss."""
+    """The factor of the entropy in a loss with this `scale`."""
     return factor if scale == "paper" else reference_factor / classes
 
 
 def _class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> tuple[Tensor, Tensor]:
-    """(N, C) sums of probabilities, and (N,) numbers of pixels."""
+    """The sums (N, C) of probabilities, and the numbers (N,) of counted pixels."""
     if valid is None:
         counted = z.new_full((z.shape[0],), math.prod(spec.spatial(z)), dtype=torch.long)
     else:
@@ -474,7 +474,7 @@ def _class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> tuple[Tens
 
 
 def _bregman_divergence(p: Tensor, tau: Tensor, q: float) -> Tensor:
-    """D_q(p, tau) over the last dimension, by L of potentials.py with a = 0: exact near q = 1.
+    """D_q(p, tau) over the last dimension, with L of potentials.py and a = 0, exact near q = 1.
 
     D = sum p L(p) - tau L(tau) - (p - tau) (q L(tau) + 1), as p^q = p + (q - 1) p L(p).
     """
@@ -542,7 +542,7 @@ def _reduce(
     reduction: str,
     spec: LogitsSpec,
 ) -> Tensor:
-    """The sum of the weighted potentials, or each of them."""
+    """The sum of the weighted potentials, or with reduction="none" the map of them."""
     if reduction == "none":
         terms = engine.weighted_terms(z, weights, y, valid, potential, spec)
         return _pixels(terms, logits, spec)
@@ -557,7 +557,7 @@ def _prepare(
     activation: str = "softmax",
     from_logits: bool = True,
 ) -> tuple[Tensor, Tensor | None, LogitsSpec]:
-    """Check what all losses are given: the logits and the mask of images, and how to read them."""
+    """Check the arguments of all losses; return logits and mask as images, and the spec."""
     check_options(activation=activation, from_logits=from_logits, align_corners=align_corners)
     check_logits("logits", logits, activation)
     binary = activation == "sigmoid"
@@ -572,22 +572,22 @@ def _prepare(
 
 
 def _mean_weights(counted: Tensor | int, z: Tensor, reduction: str, factor: float = 1) -> Tensor:
-    """(N, 1) weights of the pixels of images in their sum, or in the mean over those counted."""
+    """The weights (N, 1) of pixels in a sum, or in the mean over all counted pixels."""
     if reduction == "mean" and factor in (0.5, 1) and type(counted) is int:
-        # With these factors Python's division rounds to the same bits as a tensor's, in less time.
-        # A compiler, for which the number may be symbolic, would take the quotient for a constant.
+        # With these factors Python divides to the same bits as a tensor, but faster. A compiler may
+        # count symbolically, and would then treat the quotient as a constant.
         if not torch.compiler.is_compiling():
             factor, reduction = factor / max(counted, 1), "sum"
     weights = z.new_full((z.shape[0], 1), factor, dtype=engine.accumulation_dtype(z.dtype))
     if reduction != "mean":
         return weights
-    # Nothing counted: 0 / 1, a zero that keeps its graph.
+    # If no pixel counts, the loss is 0 / 1, a zero that keeps its graph.
     return weights / (counted.clamp_min(1) if isinstance(counted, Tensor) else max(counted, 1))
 
 
 def _class_weights(counts: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
     """(N, C + 1) counts -> (N, C) weights 1 / max(N_c^a N^(1-a), 1), all 1 where N is 0."""
-    # The last bit of a power depends on its place in the tensor: rounded from float64 it does not.
+    # The last bit of a power depends on its position in the tensor; rounding from float64 drops it.
     on_mps = counts.device.type == "mps"  # which has no float64
     n = counts[..., :-1].to(torch.float32 if on_mps else torch.float64)
     total = n.sum(1, keepdim=True)
@@ -606,8 +606,8 @@ def _label_classes(
     """The class of every pixel of a label map, and the counts of classes in every image."""
     y = _image_maps(labels.long() if spec.binary else labels, logits, spec)
     if spec.binary:
-        # Two classes for channel c: 0, a pixel of its class, and 1, any other. The class of a
-        # single channel is 1, the foreground's.
+        # Channel c has two classes: 0 for pixels of class c, and 1 for all others. A single channel
+        # stands for class 1, the foreground.
         channels = logits.shape[1]
         own = torch.arange(channels, device=y.device) if channels > 1 else y.new_ones(1)
         own = own.repeat(y.shape[0] // channels).view(-1, *[1] * (y.dim() - 1))
@@ -619,21 +619,21 @@ def _label_classes(
 
 
 def _images(logits: Tensor, spec: LogitsSpec) -> tuple[Tensor, LogitsSpec]:
-    """Logits as (images, channels, *spatial): (N, C) is one image; sigmoid, one per channel."""
+    """Logits as (images, channels, *spatial): (N, C) is one image, with sigmoid one per channel."""
     z = logits if type(logits) is Tensor else _drop_subclass(logits)
     z = z.t().unsqueeze(0) if z.dim() == 2 else z
     return engine.prepare(z.flatten(0, 1).unsqueeze(1) if spec.binary else z, spec)
 
 
 def _image_maps(pixels: Tensor, logits: Tensor, spec: LogitsSpec) -> Tensor:
-    """A map (N, *spatial) as (images, *spatial), repeated for every channel under sigmoid."""
+    """A map (N, *spatial) as (images, *spatial), repeated for every channel with sigmoid."""
     pixels = pixels if type(pixels) is Tensor else _drop_subclass(pixels)
     pixels = pixels.unsqueeze(0) if logits.dim() == 2 else pixels
     return pixels.repeat_interleave(logits.shape[1], 0) if spec.binary else pixels
 
 
 def _pixels(maps: Tensor, logits: Tensor, spec: LogitsSpec) -> Tensor:
-    """The way back: (images, *spatial) as (N, *spatial), under sigmoid (N, C, *spatial)."""
+    """The inverse: (images, *spatial) as (N, *spatial), with sigmoid as (N, C, *spatial)."""
     if spec.binary:
         channels = logits.shape[1]
         maps = maps.reshape(maps.shape[0] // channels, channels, *maps.shape[1:])

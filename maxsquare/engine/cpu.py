@@ -1,4 +1,4 @@
-"""The operators on CPUs: a call of the library of `cpu.cpp` by several threads."""
+"""The operators on CPUs: several threads call the library of `cpu.cpp`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from maxsquare.engine.libraries import library
 from maxsquare.engine.plain import LogitsSpec, accumulation_dtype, index_dtype
 from maxsquare.potentials import Potential, Tsallis
 
-# A chunk of pixels fills the second cache with its logits, so that threads seldom meet at the
-# counter of chunks; more rows of cells than these would take more memory for what chunks share.
+# The logits of a chunk fill the second-level cache, so threads rarely contend for the counter of
+# chunks. More chunks of cells would need more memory for the rows that they share.
 CHUNK_PIXELS = 4096
 CHUNKS_OF_CELLS = 64
-# Logits for which it is worth to wake another thread: some tens of microseconds of work.
+# The number of logits that justifies waking another thread: some tens of microseconds of work.
 LOGITS_PER_THREAD = 2**16
 
 # As `Dtype` in cpu.cpp.
@@ -36,7 +36,7 @@ DTYPES = {
         )
     )
 }
-# As `Call` in cpu.cpp: three tensors, five pointers, integers, numbers, options.
+# As `Call` in cpu.cpp: three tensors, five pointers, integers, floats, options.
 CALL = struct.Struct("@" + 3 * "P5q5q" + "5P" + "5q" + "4d" + "9i" + "0q")
 NO_TENSOR = (0,) * 11
 PADDING = ((0,) * 3, (0,) * 2, (0,), ())  # by the number of spatial dimensions
@@ -94,7 +94,7 @@ def weighted_sum(
         grad = torch.empty_like(z)
     elif needs_grad:
         grad = z.new_empty(z.shape, dtype=dtype)
-        # The source row that a chunk of cells shares with the next one.
+        # A chunk of cells shares a source row with the next one.
         partial_bytes += z.shape[1] * z.shape[3] * dtype.itemsize
     run(
         *("weighted_sum", spec, partial_bytes, z, sums),
@@ -147,9 +147,9 @@ def run(
     threshold: float | None = None,
     ignore_index: int = -1,
 ) -> None:
-    """Have as many threads as PyTorch uses take chunks of the work until none is left.
+    """Run a kernel on as many threads as PyTorch uses; each takes chunks until none is left.
 
-    partial_bytes: of the partial result of each chunk.
+    partial_bytes: the size of the partial result of a chunk.
     """
     images, channels, *spatial = z.shape
     height, width = spec.size or (0, 0)
@@ -210,7 +210,7 @@ def pack(tensor: Tensor) -> tuple[int, ...]:
 
 @functools.cache
 def kernel(name: str, dtype: torch.dtype) -> Any:
-    """A function of the library for logits of a dtype, which there must be."""
+    """A function of the library for logits of a dtype, which must exist."""
     kernels = library(accumulation_dtype(dtype))
     assert kernels is not None
     for exported, size in (("call_bytes", CALL.size), ("progress_bytes", ctypes.sizeof(Progress))):
@@ -224,21 +224,21 @@ class SharedCall:
     """A call of a kernel that other threads may join until its caller has done the work.
 
     It holds no lock in which a signal could interrupt the caller: popping from a list is atomic,
-    and SimpleQueue is written for it.
+    and SimpleQueue is made for reentrant use.
     """
 
     def __init__(
         self, function: Any, arguments: tuple[Any, ...], tensors: Any, helpers: int
     ) -> None:
         self.function, self.arguments = function, arguments
-        # A helper may outlive an interrupt of the caller: the tensors must live as long.
+        # The tensors must stay alive, as a helper may run on after the caller is interrupted.
         self.tensors = tensors
         self.helpers = helpers
         self.places = [None] * helpers
         self.results: SimpleQueue[int] = SimpleQueue()
 
     def join(self) -> None:
-        """Help, if there is a place left."""
+        """Help if a place is left."""
         try:
             self.places.pop()
         except IndexError:
@@ -246,10 +246,10 @@ class SharedCall:
         self.results.put(self.function(*self.arguments))
 
     def finish(self) -> list[int]:
-        """Do what is left of the work, then wait for those that have joined."""
+        """Do the remaining work, then wait for the helpers that have joined."""
         joined = self.helpers
         done = [self.function(*self.arguments)]
-        # Whoever has not joined yet is not needed any more.
+        # Helpers that have not joined yet are no longer needed.
         with contextlib.suppress(IndexError):
             while True:
                 self.places.pop()
@@ -258,10 +258,10 @@ class SharedCall:
 
 
 class Helpers:
-    """Threads that call kernels, which release the interpreter's lock.
+    """Threads that call kernels, which run without the interpreter's lock.
 
-    Unlike those of ThreadPoolExecutor they serve every thread until the process ends, and do not
-    delay its end.
+    Unlike those of ThreadPoolExecutor they serve all threads until the process exits, and do not
+    delay its exit.
     """
 
     def __init__(self) -> None:
@@ -271,9 +271,9 @@ class Helpers:
     def call(
         self, function: Any, arguments: tuple[Any, ...], tensors: Any, count: int
     ) -> list[int]:
-        """Call a kernel together with so many threads, or as many as there are."""
+        """Call a kernel together with `count` helpers, or as many as there are."""
         with contextlib.suppress(RuntimeError):  # no more threads can be started
-            # To count processors takes longer than all else here.
+            # Counting processors is the slowest step, so it comes last.
             while len(self.threads) < count and len(self.threads) < (os.cpu_count() or 1):
                 thread = threading.Thread(target=self.work, name="maxsquare", daemon=True)
                 thread.start()
@@ -284,18 +284,18 @@ class Helpers:
         return shared.finish()
 
     def work(self) -> None:
-        """Join one call after the other."""
+        """Join one call after another."""
         while True:
             shared = self.calls.get()
             shared.join()
-            del shared  # else its tensors would live until the next call
+            del shared  # otherwise its tensors would live until the next call
 
 
 HELPERS = Helpers()
 
 
 def start_anew() -> None:
-    """A forked process has none of its parent's threads."""
+    """Forget the helpers in a forked process, which has none of its parent's threads."""
     global HELPERS
     HELPERS = Helpers()
 

@@ -1,18 +1,18 @@
-"""The operators that every loss is made of, and which kernels compute them.
+"""The operators that every loss is made of, and the choice of kernels that compute them.
 
     y, counts = classify(z, ...)          the class of every pixel, how many of each per image
     sums = weighted_sum(z, weights, ...)  sum of w[n, y] phi(p) over the pixels of every image
     sums = class_sums(z, ...)             sum of p_c over the pixels of every image
 
-They are registered with PyTorch, so that compilers and exporters keep them as they are. Eager calls
-go through an autograd.Function, which knows all derivatives, straight to the kernels. Images are
-independent: a dimension that vmap maps over joins them. Where a device has no kernels, the plain
-formula takes their place, and autograd and compilers see ordinary PyTorch.
+They are registered with PyTorch, so that compilers and exporters keep them whole. Eager calls go
+through an autograd.Function, which defines all derivatives, directly to the kernels. Images are
+independent, so vmap merges its dimension with theirs. If a device has no kernels, the plain formula
+takes their place, and autograd and compilers see ordinary PyTorch.
 
-The gradient of an upsampled loss is small, and its exponentials are expensive: value and gradient
-come from one pass, and the upstream gradient scales the gradient. At full resolution the gradient
-is large, and scaling it is expensive: the backward pass computes it, with the upstream gradient
-within the weights.
+The gradient of an upsampled loss is small, but its exponentials are expensive: one pass computes
+value and gradient, and the backward pass scales the gradient. At full resolution the gradient is
+large, so scaling it is expensive: the backward pass computes it, with the upstream gradient
+multiplied into the weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from maxsquare.engine.libraries import library
 from maxsquare.engine.plain import LogitsSpec, accumulation_dtype, index_dtype
 from maxsquare.potentials import Linear, Potential, numbers_of, potential_of
 
-# Function transforms take apart options that are not numbers, so operators have numbers only.
+# Function transforms flatten other objects, so operators take only tensors and numbers.
 SPEC = "SymInt? height, SymInt? width, bool align_corners, bool binary"
 torch.library.define(
     "maxsquare::classify",
@@ -51,7 +51,7 @@ OPERATORS = torch.ops.maxsquare
 
 
 def spec_numbers(spec: LogitsSpec) -> tuple[Any, ...]:
-    """The options of an operator that stand for a spec."""
+    """A spec as the options of an operator."""
     return *(spec.size or (None, None)), spec.align_corners, spec.binary
 
 
@@ -64,7 +64,7 @@ def spec_of(height: int | None, width: int | None, *flags: bool) -> LogitsSpec:
 
 
 def kernels_for(z: Tensor) -> ModuleType | None:
-    """The kernels for logits of their device and dtype; None: the plain formula."""
+    """The kernels for the device and dtype of z; None: the plain formula."""
     key = z.device, z.dtype
     if key not in _KERNELS:
         _KERNELS[key] = _find_kernels(*key)
@@ -81,7 +81,7 @@ def _find_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None
 
 
 def cuda_kernels(device: torch.device) -> ModuleType | None:
-    """The CUDA kernels, if they give what the plain formula gives on this device."""
+    """The CUDA kernels, or None if they do not work on this device."""
     if device not in _CHECKED_KERNELS:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -92,11 +92,11 @@ def cuda_kernels(device: torch.device) -> ModuleType | None:
     return _CHECKED_KERNELS[device]
 
 
-# Of each device, once it was checked.
+# The result of the check of each device.
 _CHECKED_KERNELS: dict[torch.device, ModuleType | None] = {}
 
-# They say nothing of the kernels: the call fails, and the next one checks again. PyTorch has
-# AcceleratorError (an asynchronous CUDA error) from 2.8 on.
+# These failures do not come from the kernels: the call raises them, and the next call checks again.
+# AcceleratorError, an asynchronous CUDA error, exists since PyTorch 2.8.
 _OTHER_FAILURES = (
     MemoryError,
     OSError,
@@ -106,7 +106,7 @@ _OTHER_FAILURES = (
 
 
 def check_cuda_kernels(device: torch.device) -> ModuleType | None:
-    """The CUDA kernels, or None and a warning."""
+    """The CUDA kernels if they agree with the plain formula; otherwise None, after a warning."""
     try:
         kernels = importlib.import_module("maxsquare.engine.cuda")
         with torch.cuda.device(device):
@@ -114,7 +114,7 @@ def check_cuda_kernels(device: torch.device) -> ModuleType | None:
     except _OTHER_FAILURES:
         raise
     except Exception as error:
-        # No Triton, no compiler for its launcher, a GPU too old or not NVIDIA's, another version.
+        # Triton or a compiler is missing, a version does not fit, or the GPU is not supported.
         warnings.warn(
             f"maxsquare computes slowly on {device}, as its Triton kernels do not work: {error}",
             stacklevel=2,
@@ -124,16 +124,16 @@ def check_cuda_kernels(device: torch.device) -> ModuleType | None:
 
 
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device has kernels, which a compiler must not trace."""
+    """Whether a device has kernels for a dtype, as a constant for compilers."""
     return kernels_for(torch.empty(0, dtype=dtype, device=device)) is not None
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler with us.
+# As torch.compiler.assume_constant_result does, which would also import the compiler.
 _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_transformed(tensor: Tensor) -> bool:
-    """Whether the dispatcher must see the operators: for a mode, a transform, or forward mode."""
+    """Whether a dispatch mode, a function transform or forward mode must see the operators."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
@@ -174,9 +174,9 @@ def _class_sums(z: Tensor, valid: Tensor | None, *spec: Any) -> Tensor:
 
 
 def _scale_grad(grad: Tensor, factors: Tensor, z: Tensor) -> Tensor:
-    """The gradient by z in its dtype; with z as an argument, compilers see that it depends on z."""
+    """Scale the gradient of each image; z is passed so that compilers see the dependency."""
     # PyTorch's multiplication would wake OpenMP threads, which then spin for milliseconds on the
-    # cores that the next kernel needs (measured on two: 8 ms instead of 5).
+    # cores that the next kernel needs (on two cores: 8 ms instead of 5).
     if kernels_for(grad) is cpu:
         return cpu.scale_grad(grad, factors, z.dtype)
     return (grad * factors.view(-1, *[1] * (grad.dim() - 1))).to(z.dtype)
@@ -225,7 +225,7 @@ def _scale_grad_shapes(grad: Tensor, factors: Tensor, z: Tensor) -> Tensor:
 
 
 def _over_joined_images(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule by which a function of images is mapped over a dimension."""
+    """The vmap rule of a function of images: the mapped dimension merges with theirs."""
 
     def rule(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> Any:
         def join(tensor: Tensor, dim: int | None) -> Tensor:
@@ -259,7 +259,10 @@ for _name in ("classify", "weighted_sum", "class_sums", "scale_grad"):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """The sum over images; without setup_context, as PyTorch inspects signatures for that."""
+    """The sum over all images, for eager calls.
+
+    It has no setup_context: for that, PyTorch inspects the signature of forward at every call.
+    """
 
     @staticmethod
     def forward(
@@ -286,7 +289,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 class _TransformedWeightedSum(torch.autograd.Function):
-    """The sums and their gradient by z, for function transforms; it is empty if not needed."""
+    """The sums of images and their gradient, which is empty if not needed, for transforms."""
 
     @staticmethod
     def forward(
@@ -308,7 +311,7 @@ class _TransformedWeightedSum(torch.autograd.Function):
         *tensors, ctx.potential, ctx.spec, ctx.needs_grad = inputs
         _, grad = output
         ctx.mark_non_differentiable(grad)
-        # Otherwise autograd would fill a gradient of zeros for the second output.
+        # Otherwise autograd would allocate a gradient of zeros for the second output.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, grad)
         ctx.save_for_forward(*tensors, grad)
@@ -334,7 +337,7 @@ class _TransformedWeightedSum(torch.autograd.Function):
 
 
 class _ClassSums(torch.autograd.Function):
-    """The sums of probabilities."""
+    """The sums of probabilities, for eager calls."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
@@ -353,7 +356,7 @@ class _ClassSums(torch.autograd.Function):
 
 
 class _TransformedClassSums(_ClassSums):
-    """The same, for function transforms."""
+    """The sums of probabilities, for function transforms."""
 
     @staticmethod
     def forward(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:  # type: ignore[override]
@@ -371,7 +374,7 @@ class _TransformedClassSums(_ClassSums):
         z, valid = ctx.saved_tensors
         formula = lambda z: plain.class_sums(z, valid, ctx.spec)  # noqa: E731
         sums, backward = torch.func.vjp(formula, z)[:2]
-        # The derivative of backward, which is linear: forward mode cannot nest.
+        # The transpose of backward, which is linear; forward mode cannot nest.
         transposed = torch.func.vjp(lambda grad: backward(grad)[0], torch.zeros_like(sums))[1]
         tangent: Tensor = transposed(z_tangent)[0]
         return tangent
@@ -392,10 +395,10 @@ def _gradient(
     spec: LogitsSpec,
     needs_grad: bool,
 ) -> Tensor:
-    """The gradient by z, differentiable where somebody may differentiate it.
+    """The gradient with respect to z, which is differentiable if the caller may need that.
 
-    sums_grad: the upstream gradient of every image, or one of all. grad: the gradient for ones in
-    its place, if the sums came with it (needs_grad).
+    sums_grad: the upstream gradient, for each image or for all. grad: the gradient for an upstream
+    gradient of 1, if the forward pass computed it (needs_grad).
     """
     gradient: Tensor
     if torch.is_grad_enabled() or _is_transformed(sums_grad):
@@ -414,7 +417,7 @@ def _gradient(
 
 
 class _Gradient(torch.autograd.Function):
-    """`_gradient`; its own derivatives are those of the plain formula."""
+    """The differentiable `_gradient`; its derivatives are those of the plain formula."""
 
     @staticmethod
     def forward(
@@ -480,7 +483,7 @@ class _Gradient(torch.autograd.Function):
     vmap = staticmethod(_over_joined_images(lambda *arguments: _Gradient.apply(*arguments)))
 
 
-# Of the operators themselves, as compiled and exported programs call them: first derivatives alone.
+# Compiled and exported programs call the operators themselves, which have first derivatives only.
 
 
 def _setup_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -509,11 +512,11 @@ torch.library.register_autograd(
 
 
 def prepare(z: Tensor, spec: LogitsSpec) -> tuple[Tensor, LogitsSpec]:
-    """Logits and how they are read; upsampled once for all steps where no kernel takes them."""
+    """Logits and their spec; logits without kernels are upsampled here, once for all steps."""
     if not spec.from_logits:
         has_kernels = False
     elif torch.compiler.is_compiling():
-        # The compiler would drop an operator's derivatives within a transform that it compiles.
+        # Within a compiled transform, the compiler would drop an operator's derivatives.
         ordinary = not torch._C._are_functorch_transforms_active()
         has_kernels = ordinary and _has_kernels(z.device, z.dtype)
     else:
