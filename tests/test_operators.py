@@ -115,8 +115,10 @@ def test_a_call_of_a_loss_takes_few_frames() -> None:
 
     loss(z, size=(32, 64))  # finds the kernels
     sys.setprofile(count)
-    loss(z, size=(32, 64))
-    sys.setprofile(None)
+    try:
+        loss(z, size=(32, 64))
+    finally:
+        sys.setprofile(None)
     assert 0 < len(frames) <= 30, frames
 
 

@@ -509,9 +509,8 @@ template <class Visit> INLINE void for_tiles(const Task &task, int64_t chunk, in
 
 // Potentials ---------------------------------------------------------------------------------------
 
-// Weighted potentials of a vector of pixels, whose logits x of a class are `tile` apart from those of
-// the next; if NEEDS_GRAD, their gradients replace the logits. e: scratch of the same shape. G: the
-// coefficients of LINEAR.
+// Weighted potentials of a vector of pixels with logits x, in which classes are `tile` elements apart;
+// if NEEDS_GRAD, gradients replace the logits. e: scratch of the same shape. G: coefficients of LINEAR.
 template <int KIND, bool NEEDS_GRAD>
 INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, Reals w, Integers y,
                                  const real *G) {

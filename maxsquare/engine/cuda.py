@@ -732,7 +732,7 @@ class KernelConfig:
     dtype: tl.dtype
     index: tl.dtype
     upsampled: bool
-    # At full resolution: one stride covers all pixels; it is 1; that of classes is 1.
+    # At full resolution: one stride covers all pixels, it is 1, the stride of classes is 1.
     flat: bool = False
     pixels_adjoin: bool = False
     classes_adjoin: bool = False
