@@ -1,7 +1,7 @@
-"""What every argument must be: TypeError for the wrong kind, ValueError for the wrong value.
+"""Checks of all arguments: TypeError for a wrong kind, ValueError for a wrong value.
 
-What has a defined result but is likely a mistake is a warning. No check reads the elements of a
-tensor on a GPU, so none waits for it; `warn_of_probabilities` does, once for every module.
+A likely mistake with a defined result is a warning. No check reads elements of a GPU tensor, for
+which the host would wait, except `warn_of_probabilities`, once per module.
 """
 
 from __future__ import annotations
@@ -32,8 +32,17 @@ INTEGERS = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
-SMALLEST_Q, LARGEST_Q = math.ulp(0), torch.finfo(torch.float32).max
-LARGEST_WEIGHT = sys.float_info.max
+# The abstract classes accept NumPy's numbers, but Python's own types match faster.
+INTEGER: Any = (int, Integral)
+LENGTH: Any = (int, torch.SymInt, Integral)
+REAL: Any = (int, float, Real)
+FLAGS = ("from_logits", "align_corners")
+RANGES = {
+    "ratio": (-1, 1, "from -1 to 1"),
+    "threshold": (0, 1, "from 0 to 1"),
+    "q": (math.ulp(0), torch.finfo(torch.float32).max, "above 0, and finite"),
+    "weight": (0, sys.float_info.max, "of at least 0"),
+}
 # How far from 1 the sum of a pixel's probabilities may be, in half precision with many classes.
 PROBABILITY_TOLERANCE = 0.02
 # How far from 1 the sum of a prior may be.
@@ -46,57 +55,33 @@ LIBRARIES = ("maxsquare.", "torch.")
 FEWEST_PIXELS = 16
 
 
-def check_options(
-    *,
-    reduction: str = "mean",
-    scale: str = "paper",
-    activation: str = "softmax",
-    average: str = "accepted",
-    from_logits: bool = True,
-    align_corners: bool = False,
-    ratio: float | None = None,
-    threshold: float = 0,
-    q: float = 1,
-    weight: float = 0,
-    ignore_index: int = -1,
-) -> None:
+def check_options(**options: Any) -> None:
     """Raise for the first option that is not what it must be."""
-    for name, value in (
-        ("reduction", reduction),
-        ("scale", scale),
-        ("activation", activation),
-        ("average", average),
-    ):
-        if not isinstance(value, str) or value not in CHOICES[name]:
-            wanted = " or ".join(map(repr, CHOICES[name]))
-            raise ValueError(f"{name} must be {wanted}, not {value!r}")
-    for name, flag in (("from_logits", from_logits), ("align_corners", align_corners)):
-        # NumPy's bool, without NumPy.
-        if not isinstance(flag, bool) and type(flag).__name__ not in ("bool_", "bool"):
-            raise TypeError(f"{name} must be True or False, not {flag!r}")
-    if ratio is not None:
-        check_ratio(ratio)
-    for name, number, least, most, wanted in (
-        ("threshold", threshold, 0, 1, "from 0 to 1"),
-        ("q", q, SMALLEST_Q, LARGEST_Q, "above 0, and finite"),
-        ("weight", weight, 0, LARGEST_WEIGHT, "of at least 0"),
-    ):
-        if isinstance(number, bool) or not isinstance(number, Real):
-            raise TypeError(f"{name} must be a number {wanted}, not {number!r}")
-        if not least <= number <= most:
-            raise ValueError(f"{name} must be a number {wanted}, not {number!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index must be an int, not {ignore_index!r}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit into 64 bits, not {ignore_index!r}")
+    for name, value in options.items():
+        if name in CHOICES:
+            if not isinstance(value, str) or value not in CHOICES[name]:
+                wanted = " or ".join(map(repr, CHOICES[name]))
+                raise ValueError(f"{name} must be {wanted}, not {value!r}")
+        elif name in FLAGS:
+            # This accepts NumPy's bool without importing NumPy.
+            if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+                raise TypeError(f"{name} must be True or False, not {value!r}")
+        elif name == "ignore_index":
+            if isinstance(value, bool) or not isinstance(value, INTEGER):
+                raise TypeError(f"ignore_index must be an int, not {value!r}")
+            if not -(2**63) <= value < 2**63:
+                raise ValueError(f"ignore_index must fit into 64 bits, not {value!r}")
+        elif name != "ratio" or value is not None:
+            check_number(name, value)
 
 
-def check_ratio(ratio: float) -> None:
-    """The exponent of image-wise weights, where a loss cannot do without."""
-    if isinstance(ratio, bool) or not isinstance(ratio, Real):
-        raise TypeError(f"ratio must be a number from -1 to 1, not {ratio!r}")
-    if not -1 <= ratio <= 1:
-        raise ValueError(f"ratio must be a number from -1 to 1, not {ratio!r}")
+def check_number(name: str, value: Any) -> None:
+    """Raise if an option is not a number in its range; `ratio` must not be None here."""
+    least, most, wanted = RANGES[name]
+    if isinstance(value, bool) or not isinstance(value, REAL):
+        raise TypeError(f"{name} must be a number {wanted}, not {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be a number {wanted}, not {value!r}")
 
 
 def check_logits(name: str, logits: Tensor, activation: str) -> None:
@@ -121,13 +106,15 @@ def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, .
     if size is None:
         return None
     dims = logits.dim() - 2
-    # The elements of bytes are ints.
-    lengths: Any = size if isinstance(size, (list, tuple)) else (size,) * max(dims, 1)
+    # Not any sequence: the elements of bytes are ints.
+    given: Any = size if isinstance(size, (list, tuple)) else (size,) * max(dims, 1)
     axes = ("depth", "height", "width")[3 - dims :] if dims else ()
     wanted = f"({', '.join(axes)}{',' if dims == 1 else ''})"
-    for length in lengths:
-        if isinstance(length, bool) or not isinstance(length, (Integral, torch.SymInt)):
+    lengths: list[Any] = []
+    for length in given:
+        if isinstance(length, bool) or not isinstance(length, LENGTH):
             raise TypeError(f"size must be ints {wanted}, not {size!r}")
+        lengths.append(length if isinstance(length, torch.SymInt) else int(length))
     if not dims or 0 in logits.shape[2:]:
         raise ValueError(
             "size needs logits of shape (N, C, *spatial), with pixels to interpolate, not "
@@ -138,25 +125,27 @@ def check_size(size: int | Sequence[int] | None, logits: Tensor) -> tuple[int, .
             f"size must be {wanted} for logits of shape {tuple(logits.shape)}, not {size!r}: write "
             f"size=images.shape[-{dims}:]"
         )
-    if any(length < 1 for length in lengths):
-        raise ValueError(f"size must be positive ints {wanted}, not {size!r}")
-    lengths = tuple(int(n) if isinstance(n, Integral) else n for n in lengths)
+    for length in lengths:
+        if length < 1:
+            raise ValueError(f"size must be positive ints {wanted}, not {size!r}")
     # A compiler would guard the comparison of dynamic sizes.
-    if not torch.compiler.is_compiling() and any(
-        a < b for a, b in zip(lengths, logits.shape[2:], strict=True)
-    ):
-        warn(
-            f"size {lengths} is smaller than the logits {tuple(logits.shape[2:])}, and "
-            f"interpolation leaves pixels out: size is the {wanted} of the labels or images, not "
-            "a factor; write size=None for a loss at the logits' own resolution."
-        )
-    return lengths  # type: ignore[no-any-return]
+    if not torch.compiler.is_compiling():
+        for length, own in zip(lengths, logits.shape[2:], strict=True):
+            if length < own:
+                warn(
+                    f"size {tuple(lengths)} is smaller than the logits {tuple(logits.shape[2:])}, "
+                    f"and interpolation leaves pixels out: size is the {wanted} of the labels or "
+                    "images, not a factor; write size=None for a loss at the logits' own "
+                    "resolution."
+                )
+                break
+    return tuple(lengths)
 
 
 def check_heads(
     low_logits: Tensor | Sequence[Tensor], logits: Tensor, *, resized: bool
 ) -> list[Tensor]:
-    """The low-level heads, each like `logits` in all but, before resizing, its resolution."""
+    """The low-level heads, which must match `logits`, up to height and width if resized."""
     heads = [low_logits] if isinstance(low_logits, Tensor) else low_logits
     if not isinstance(heads, (list, tuple)) or not heads:
         given = repr(heads) if isinstance(heads, (list, tuple)) else type(heads).__name__
@@ -184,7 +173,7 @@ def _hint_of_size(same: bool, resized: bool, logits: Tensor) -> str:
 
 
 def check_image_wise(labels: Tensor | None, ratio: float | None) -> None:
-    """Only image-wise losses have a use for labels."""
+    """Only image-wise losses use labels."""
     if labels is not None and ratio is None:
         raise ValueError(
             "labels must be None for a loss that is not image-wise: they count the classes of "
@@ -193,7 +182,7 @@ def check_image_wise(labels: Tensor | None, ratio: float | None) -> None:
 
 
 def check_teacher(teacher_logits: Tensor, logits: Tensor, *, resized: bool) -> None:
-    """A teacher's logits, like `logits` in all but its dtype and, before resizing, resolution."""
+    """A teacher's logits match `logits` up to dtype, and up to height and width if resized."""
     _tensor("teacher_logits", teacher_logits)
     if teacher_logits.dtype not in FLOATS:
         raise TypeError(f"teacher_logits must be floating point, not {teacher_logits.dtype}")
@@ -210,18 +199,21 @@ def check_teacher(teacher_logits: Tensor, logits: Tensor, *, resized: bool) -> N
 
 
 def check_prior(prior: Sequence[float] | Tensor | None, activation: str) -> Tensor | None:
-    """The expected proportions of classes, (C,), of sum 1, or of each channel under sigmoid."""
+    """The expected proportions (C,) of classes, which sum to 1, or with sigmoid of each channel.
+
+    They have PyTorch's default dtype, because some devices lack float64.
+    """
     if prior is None:
         return None
     try:
-        tau = torch.as_tensor(prior, dtype=torch.float64).detach().clone()
+        tau = torch.as_tensor(prior, dtype=torch.get_default_dtype()).detach().clone()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"prior must be a tensor or a sequence of numbers, not {prior!r}") from None
     if tau.dim() != 1 or not bool(((tau >= 0) & (tau <= 1)).all()):
         raise ValueError(f"prior must be (C,) numbers from 0 to 1, not {prior!r}")
     if activation == "softmax" and abs(tau.sum().item() - 1) > PRIOR_TOLERANCE:
         raise ValueError(f"prior must sum to 1, not to {tau.sum().item():g}")
-    return tau if tau.device.type != "mps" else tau.float()
+    return tau
 
 
 def check_map(
@@ -292,12 +284,12 @@ def _refuse_one_hot(
 
 
 def check_labels(labels: object) -> None:
-    """Labels that a loss learns from have to be there."""
+    """A loss that learns from labels requires them."""
     _tensor("labels", labels)
 
 
 def check_classes(labels: Tensor, unknown: Tensor, classes: int, ignore_index: int) -> None:
-    """Labels on a CPU have to be classes; unknown: how many are not, of each image."""
+    """Labels on a CPU must be classes; unknown: how many of each image are not."""
     if labels.device.type != "cpu" or not can_read(unknown) or not unknown.any():
         return
     y = labels.long()
@@ -354,7 +346,7 @@ _CALLS_READ: set[tuple[object, ...]] = set()
 def warn_of_probabilities(
     name: str, argument: str, logits: Tensor, activation: str, from_logits: bool
 ) -> None:
-    """Warn if what is given as logits looks like probabilities, or as probabilities does not."""
+    """Warn if logits look like probabilities, or if probabilities do not."""
     if logits.numel() < FEWEST_PIXELS * (logits.shape[1] if activation == "softmax" else 1):
         return
     x = logits.detach()
@@ -390,7 +382,7 @@ def warn(said: str) -> None:
 
 
 def can_read(tensor: Tensor) -> bool:
-    """Whether its elements may be looked at here: not by a compiler, transform, or capture."""
+    """Whether a tensor's elements can be read, unlike in a compiler, transform or graph capture."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

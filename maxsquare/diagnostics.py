@@ -1,4 +1,4 @@
-"""What a loss does to a model: its gradient over confidence, and over classes."""
+"""The effect of a loss on a model: gradients by confidence and class, statistics of predictions."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from maxsquare.losses import _TargetLoss
 
 
 class GradientProfile(NamedTuple):
-    """A loss over the confidence of one pixel; float64 arrays of equal length.
+    """A loss as a function of one pixel's confidence; float64 arrays of equal length.
 
-    p: probability of the first class. value: the loss. slope_p: d value / d p, the other
-    classes sharing the rest evenly. slope_logit: d value / d z of the first class.
+    p: probability of the first class. value: the loss. slope_p: d value / d p, where the other
+    classes share the rest evenly. slope_logit: d value / d z of the first class.
     """
 
     p: Tensor
@@ -43,10 +43,10 @@ def gradient_profile(
     r"""How value and slope of a loss change with the confidence p of one pixel.
 
     The pixel has probability p for its first class and (1 - p) / (C - 1) for each of the
-    others; with activation="sigmoid" it is one channel with probability p. It is an image of
-    its own, so that image-wise weights are 1. The slope with respect to p is taken along this
-    path; the paper's Figure 1 is C = 2. Entropy's diverges as p -> 1, that of maximum squares
-    grows linearly.
+    others; with activation="sigmoid" it is one channel with probability p. The pixel is a whole
+    image, so image-wise weights are 1. The slope with respect to p is taken along this path;
+    the paper's Figure 1 shows C = 2. The slope of entropy diverges as p -> 1, that of maximum
+    squares grows linearly.
 
     Args:
         loss: a loss of one head's logits of this library; its reduction does not matter.
@@ -57,7 +57,7 @@ def gradient_profile(
         `GradientProfile` of arrays (points,), float64 on the CPU.
 
     Raises:
-        TypeError: `loss` is not a loss of one head's logits, or `points` no numbers.
+        TypeError: `loss` is not a loss of one head's logits, or `points` are not numbers.
         ValueError: a value of `points` outside (0, 1), or fewer than 2 classes.
 
     Example:
@@ -107,7 +107,7 @@ def class_gradient_share(
         labels: integers (N, *spatial of the result), the class y of every pixel: ground truth,
             or the prediction where there is none. Values outside 0..C-1 are left out.
         size, align_corners: the gradient is taken at the resolution of the upsampled logits.
-        valid: bool, the shape of `labels`: the pixels that the loss counts.
+        valid: bool, of the shape of `labels`: the pixels that the loss counts.
 
     Returns:
         (C,) shares between 0 and 1 that add up to 1, or zeros where there is no gradient;
@@ -124,7 +124,7 @@ def class_gradient_share(
         >>> class_gradient_share(MaxSquareLoss(), logits, torch.tensor([0, 1]))
         tensor([0.5000, 0.5000])
 
-    Source: ours; the imbalance that M. Chen et al., ICCV 2019, argue from Figure 2.
+    Source: ours; it measures the imbalance that M. Chen et al., ICCV 2019, argue from Figure 2.
     """
     _check_single_head(loss)
     check_options(align_corners=align_corners)
@@ -148,11 +148,11 @@ def class_gradient_share(
 
 
 class Statistics(NamedTuple):
-    """What predictions on unlabelled images look like; scalars in nats, and (C,) proportions.
+    """Statistics of predictions on unlabelled images: scalars in nats, and proportions (C,).
 
     entropy: the mean over pixels of the entropy H(p). proportions: the mean prediction. diversity:
     the entropy of that mean. information: diversity - entropy, the mutual information of pixel and
-    class. classes: how many classes are the prediction of some pixel.
+    class. classes: how many classes are predicted for at least one pixel.
     """
 
     entropy: Tensor
@@ -168,9 +168,9 @@ class PredictionStatistics:
     .. math:: I = H(\bar p) - \frac{1}{N} \sum_n H(p_n), \qquad
               \bar p = \frac{1}{N} \sum_n p_n
 
-    Without labels, a higher information I chooses a weight or a checkpoint; a low mean entropy
-    alone does not, as it is lowest where one class has swallowed all others. A falling number of
-    predicted classes is the first sign of that.
+    Without labels, choose the weight or checkpoint with the highest information I. A low mean
+    entropy alone is no criterion: it is lowest when one class has replaced all others, and a
+    falling number of predicted classes is the first sign of that.
 
     Raises:
         TypeError, ValueError: from `update`, as the losses; ValueError from `compute` if no pixel
@@ -181,10 +181,10 @@ class PredictionStatistics:
         >>> statistics = PredictionStatistics()
         >>> for logits in (torch.tensor([[[9.0], [0.0]]]), torch.tensor([[[0.0], [9.0]]])):
         ...     statistics.update(logits)
-        >>> round(statistics.compute().information.item(), 2)  # log 2: sure, and of both classes
+        >>> round(statistics.compute().information.item(), 2)  # log 2: confident, both classes
         0.69
 
-    Source: the mutual information of A. Krause et al., NIPS 2010, as a criterion of choice.
+    Source: the mutual information of A. Krause et al., NIPS 2010, as a selection criterion.
     """
 
     def __init__(self) -> None:

@@ -1,15 +1,14 @@
-"""Every definition: the losses, their image weights, guidance and reductions.
+"""The losses as functions, with their image weights, guidance and reductions.
 
-The functions take the options of the modules in `maxsquare`, under the same names and with the same
-defaults; formulas, shapes and errors are documented there. Each loss is at most three steps: the
-class of every pixel, weights from the counts of classes, a weighted sum of potentials.
+The functions take the options of the modules in `maxsquare`, with the same names and defaults; the
+modules document them, the formulas, shapes and errors. Each loss takes at most three steps: it
+classifies every pixel, derives weights from the class counts, and sums weighted potentials.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +25,8 @@ from maxsquare.checks import (
     check_labels,
     check_logits,
     check_map,
+    check_number,
     check_options,
-    check_ratio,
     check_size,
     check_teacher,
     warn_at_first_call,
@@ -66,12 +65,14 @@ def max_square(
     activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """-1/2 sum_c p_c^2: `maxsquare.MaxSquareLoss`; with a ratio, `maxsquare.IWMaxSquareLoss`."""
+    """-1/2 sum_c p_c^2, as in `maxsquare.MaxSquareLoss`, or with a ratio in `IWMaxSquareLoss`."""
     return _tsallis_loss(
         logits,
         # The sum of squares is 1 - S_2.
         Tsallis(2, offset=-1, normalised=from_logits),
-        factor=functools.partial(max_square_factor, ratio, scale),
+        factor=0.5,
+        # The published image-wise code leaves out the half.
+        reference_factor=0.5 if ratio is None else 1,
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -99,11 +100,10 @@ def entropy(
     activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """-sum_c p_c log p_c: `maxsquare.EntropyLoss`; with a ratio, `maxsquare.IWEntropyLoss`."""
+    """-sum_c p_c log p_c, as in `maxsquare.EntropyLoss`, or with a ratio in `IWEntropyLoss`."""
     return _tsallis_loss(
         logits,
         Tsallis(1, normalised=from_logits),
-        factor=functools.partial(scale_factor, scale),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -132,11 +132,11 @@ def tsallis_entropy(
     activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """(1 - sum_c p_c^q) / (q - 1): `maxsquare.TsallisEntropyLoss`."""
+    """(1 - sum_c p_c^q) / (q - 1), as in `maxsquare.TsallisEntropyLoss`."""
+    check_options(q=q)
     return _tsallis_loss(
         logits,
         Tsallis(q, normalised=from_logits),
-        factor=functools.partial(scale_factor, scale),
         ratio=ratio,
         size=size,
         align_corners=align_corners,
@@ -162,7 +162,7 @@ def pseudo_label_loss(
     activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """Cross entropy against the confident prediction itself: `maxsquare.PseudoLabelLoss`."""
+    """Cross entropy against the confident prediction itself, as in `maxsquare.PseudoLabelLoss`."""
     check_image_wise(labels, None)
     check_options(reduction=reduction, threshold=threshold)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
@@ -184,22 +184,22 @@ def guidance_labels(
 ) -> Tensor:
     """The self-produced labels of `maxsquare.MultiLevelGuidance`, int64 (N, *spatial).
 
-    The class of the larger mean probability of both heads where one of them is above the
-    threshold, `ignore_index` elsewhere, C where a probability is NaN. With
-    activation="sigmoid" (N, C, *spatial): 1 on, 0 off, 2 NaN. Options, errors and source as in
-    `maxsquare.MultiLevelGuidance`.
+    A label is the class of the largest mean probability of both heads if one of them exceeds the
+    threshold, `ignore_index` if neither does, and C if a probability is NaN. With
+    activation="sigmoid" the shape is (N, C, *spatial), and a label is 1 (on), 0 (off) or 2 (NaN).
+    Options, errors and source are those of `maxsquare.MultiLevelGuidance`.
 
     Example:
         >>> logits, low_logits = torch.tensor([[[9.0, 1.0], [0.0, 0.0]]]), torch.zeros(1, 2, 2)
-        >>> guidance_labels(logits, low_logits)  # the second pixel is not sure
+        >>> guidance_labels(logits, low_logits)  # the second pixel is unsure
         tensor([[ 0, -1]])
     """
     check_options(threshold=threshold, ignore_index=ignore_index)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     (low_logits,) = check_heads([low_logits], logits, resized=size is not None)
     warn_at_first_call("low_logits", [low_logits], activation, from_logits)
-    low = _images(low_logits, spec)
-    y, _ = engine.classify(low, z, None, valid, spec, float(threshold))
+    low, low_spec = _images(low_logits, spec)
+    y, _ = engine.classify(low, z, None, valid, low_spec, float(threshold))
     y = y.long()
     if spec.binary:  # the first class is "on"
         y = torch.where((y == 0) | (y == 1), 1 - y, y)
@@ -218,16 +218,16 @@ def guidance_loss(
     activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """Low-level heads learn from the averaged prediction: `maxsquare.MultiLevelGuidance`."""
+    """Cross entropy against the averaged prediction, as in `maxsquare.MultiLevelGuidance`."""
     check_options(reduction=reduction, threshold=threshold)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     heads = check_heads(low_logits, logits, resized=size is not None)
     warn_at_first_call("low_logits", heads, activation, from_logits)
     losses = []
     for head in heads:
-        low = _images(head, spec)
-        y, counts = engine.classify(low, z, None, valid, spec, float(threshold))
-        losses.append(_label_loss(logits, low, y, counts, reduction, spec))
+        low, low_spec = _images(head, spec)
+        y, counts = engine.classify(low, z, None, valid, low_spec, float(threshold))
+        losses.append(_label_loss(logits, low, y, counts, reduction, low_spec))
     return torch.stack(losses).sum(0)
 
 
@@ -242,7 +242,7 @@ def cross_entropy(
     reduction: Reduction = "mean",
     activation: Activation = "softmax",
 ) -> Tensor:
-    r"""Cross entropy -log p_y of labelled pixels, the upsampling of the logits included.
+    r"""Cross entropy -log p_y of labelled pixels, which upsamples the logits itself.
 
     .. math:: \frac{1}{|V|} \sum_{n \in V} -\log p_{n, y_n}, \qquad
               V = \{n : y_n \notin \{-1, \text{ignore\_index}\}\}
@@ -256,15 +256,15 @@ def cross_entropy(
             raise an error, the host would have to wait for it).
         size: one int for each spatial dimension, to which the logits are upsampled linearly first.
         align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
-        valid: bool, the shape of `labels`; pixels that count.
+        valid: bool, of the shape of `labels`; the pixels that count.
         ignore_index: a further label that does not count.
-        reduction: "mean" over the pixels that count (of several processes: README.md), "sum", or
-            "none".
-        activation: "softmax", or "sigmoid": the binary cross entropy of every channel, whose label
-            is whether the pixel's is that channel's class; of a single channel, whether it is 1.
+        reduction: "mean" over the pixels that count (for several processes see README.md), "sum",
+            or "none".
+        activation: "softmax", or "sigmoid": the binary cross entropy of every channel, which is on
+            where the label is that channel; a single channel is on where the label is 1.
 
     Shape:
-        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial). float32 for
+        A scalar; with reduction="none" (N, *spatial), with sigmoid (N, C, *spatial). float32 for
         half-precision logits.
 
     Raises:
@@ -305,15 +305,15 @@ def image_weights(
 
     .. math:: w_n = 1 / \max(N_c^a\, N^{1-a},\ 1), \qquad a = \text{ratio}
 
-    c is the pixel's predicted class, N_c the number of the image's pixels of that class and
-    N that of all. Options, errors and source as in `maxsquare.IWMaxSquareLoss`; with
-    activation="sigmoid" the shape is (N, C, *spatial).
+    c is the predicted class of the pixel, N_c the number of pixels of that class in its image, and
+    N the number of all of them. With activation="sigmoid" the shape is (N, C, *spatial). Options,
+    errors and source are those of `maxsquare.IWMaxSquareLoss`.
 
     Example:
-        >>> image_weights(torch.eye(2).view(1, 2, 2), ratio=1.0)  # one pixel of either class
+        >>> image_weights(torch.eye(2).view(1, 2, 2), ratio=1.0)  # one pixel of each class
         tensor([[1., 1.]])
     """
-    check_ratio(ratio)
+    check_number("ratio", ratio)
     check_options(ignore_index=ignore_index)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     y, counts = engine.classify(z, None, None, valid, spec)
@@ -340,10 +340,10 @@ def class_proportions(
 
     .. math:: \bar p_{b,c} = \frac{1}{N_b} \sum_n p_{b,n,c}
 
-    Its gradient by z_{n,c} is p_{n,c} (G_c - sum_k p_{n,k} G_k) / N_b, G the upstream gradient.
-    Zeros where an image has no valid pixel. With activation="sigmoid" the mean of every channel.
-    Logits (N, C) are one image of N pixels. Options, shapes and errors as in
-    `maxsquare.MaxSquareLoss`; float32 for half-precision logits.
+    Its gradient with respect to z_{n,c} is p_{n,c} (G_c - sum_k p_{n,k} G_k) / N_b, where G is the
+    upstream gradient. An image without valid pixels gives zeros. With activation="sigmoid" the
+    result is the mean of every channel. Logits (N, C) are one image of N pixels. Options, shapes
+    and errors are those of `maxsquare.MaxSquareLoss`; half-precision logits give float32.
 
     Example:
         >>> class_proportions(torch.tensor([[[9.0, -9.0], [-9.0, 9.0]]]))
@@ -370,18 +370,18 @@ def teacher_loss(
     activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> Tensor:
-    """Cross entropy against the classes of a sure teacher: `maxsquare.TeacherLoss`."""
+    """Cross entropy against the classes of a confident teacher, as in `maxsquare.TeacherLoss`."""
     check_options(reduction=reduction, threshold=threshold, average=average)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     check_teacher(teacher_logits, logits, resized=size is not None)
     warn_at_first_call("teacher_logits", [teacher_logits], activation, from_logits)
-    teacher = _images(teacher_logits, spec)
-    y, counts = engine.classify(teacher, None, None, valid, spec, float(threshold))
+    teacher, teacher_spec = _images(teacher_logits, spec)
+    y, counts = engine.classify(teacher, None, None, valid, teacher_spec, float(threshold))
     accepted = counts[:, :-1].sum()
     if average == "accepted":
         weights = _mean_weights(accepted, z, reduction)
     else:
-        everywhere, counts = engine.classify(teacher, None, None, valid, spec)
+        everywhere, counts = engine.classify(teacher, None, None, valid, teacher_spec)
         counted = counts[:, :-1].sum()
         weights = _mean_weights(counted, z, reduction)
         if average == "share":
@@ -406,13 +406,13 @@ def prediction_divergence(
 ) -> Tensor:
     """The divergence D_q of `maxsquare.InformationMaximizationLoss`, times the pixels' weights.
 
-    Those are the weights that a loss of this ratio and reduction gives its pixels: their sum is 1
-    for a mean over pixels, and with reduction="none" every pixel has its own share of the term.
+    A loss with this ratio and reduction gives its pixels these weights. They sum to 1 for a mean
+    over pixels; with reduction="none" every pixel has its own share of the term.
     """
     z, counted_map, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
     sums, counted = _class_sums(z, counted_map, spec)
     groups = logits.shape[1] if spec.binary else 1
-    # (channels or 1, classes): sigmoid has a mean prediction for every channel.
+    # Shape (channels or 1, classes): with sigmoid every channel has its own mean prediction.
     total = counted.view(-1, groups).sum(0).clamp_min(1).unsqueeze(1)
     mean = sums.view(-1, groups, sums.shape[1]).sum(0) / total
     classes = mean.shape[1]
@@ -461,25 +461,21 @@ def prediction_divergence(
 def prediction_counts(
     logits: Tensor, *, size: Size, align_corners: bool, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(N,) numbers of counted pixels, and (N, C) numbers of pixels predicted as each class."""
+    """The numbers (N,) of counted pixels, and (N, C) of pixels predicted as each class."""
     z, valid, spec = _prepare(logits, size, align_corners, valid)
     _, counts = engine.classify(z, None, None, valid, spec)
     return counts.sum(1), counts[:, :-1]
 
 
-def max_square_factor(ratio: float | None, scale: Scale, classes: int) -> float:
-    """The factor of S_2 in the maximum squares loss."""
-    # The published image-wise code leaves out the half.
-    return 0.5 * scale_factor(scale, classes, 1 if ratio is None else 2)
-
-
-def scale_factor(scale: Scale, classes: int, reference_factor: float = 1) -> float:
-    """What `scale` multiplies a loss by."""
-    return 1.0 if scale == "paper" else reference_factor / classes
+def scale_factor(
+    scale: Scale, classes: int, factor: float = 1, reference_factor: float = 1
+) -> float:
+    """The factor of the entropy in a loss with this `scale`."""
+    return factor if scale == "paper" else reference_factor / classes
 
 
 def _class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> tuple[Tensor, Tensor]:
-    """(N, C) sums of probabilities, and (N,) numbers of pixels."""
+    """The sums (N, C) of probabilities, and the numbers (N,) of counted pixels."""
     if valid is None:
         counted = z.new_full((z.shape[0],), math.prod(spec.spatial(z)), dtype=torch.long)
     else:
@@ -488,7 +484,7 @@ def _class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> tuple[Tens
 
 
 def _bregman_divergence(p: Tensor, tau: Tensor, q: float) -> Tensor:
-    """D_q(p, tau) over the last dimension, by L of potentials.py with a = 0: exact near q = 1.
+    """D_q(p, tau) over the last dimension, with L of potentials.py and a = 0, exact near q = 1.
 
     D = sum p L(p) - tau L(tau) - (p - tau) (q L(tau) + 1), as p^q = p + (q - 1) p L(p).
     """
@@ -505,7 +501,8 @@ def _tsallis_loss(
     logits: Tensor,
     potential: Tsallis,
     *,
-    factor: Callable[[int], float],
+    factor: float = 1,
+    reference_factor: float = 1,
     ratio: float | None,
     size: Size,
     align_corners: bool,
@@ -517,13 +514,12 @@ def _tsallis_loss(
     activation: Activation,
     from_logits: bool,
 ) -> Tensor:
-    """factor(C) times the potential."""
-    check_options(
-        q=potential.q, ratio=ratio, reduction=reduction, scale=scale, ignore_index=ignore_index
-    )
+    """A Tsallis entropy, plain or image-wise, times its factor."""
+    check_options(ratio=ratio, reduction=reduction, scale=scale, ignore_index=ignore_index)
     z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
-    check_image_wise(labels, ratio)
-    multiple, y = factor(spec.classes(z)), None
+    if labels is not None:
+        check_image_wise(labels, ratio)
+    multiple, y = scale_factor(scale, spec.classes(z), factor, reference_factor), None
     if ratio is None:
         pixels = z.shape[0] * math.prod(spec.spatial(z))
         counted = pixels if valid is None else valid.count_nonzero()
@@ -555,11 +551,11 @@ def _reduce(
     reduction: Reduction,
     spec: LogitsSpec,
 ) -> Tensor:
-    """The sum of the weighted potentials, or each of them."""
+    """The sum of the weighted potentials, or with reduction="none" the map of them."""
     if reduction == "none":
         terms = engine.weighted_terms(z, weights, y, valid, potential, spec)
         return _pixels(terms, logits, spec)
-    return engine.weighted_sum(z, weights, y, valid, potential, spec).sum()
+    return engine.weighted_sum(z, weights, y, valid, potential, spec)
 
 
 def _prepare(
@@ -570,14 +566,15 @@ def _prepare(
     activation: Activation = "softmax",
     from_logits: bool = True,
 ) -> tuple[Tensor, Tensor | None, LogitsSpec]:
-    """Check what all losses are given: the logits and the mask of images, and how to read them."""
+    """Check the arguments of all losses; return logits and mask as images, and the spec."""
     check_options(activation=activation, from_logits=from_logits, align_corners=align_corners)
     check_logits("logits", logits, activation)
-    size = check_size(size, logits)
     binary = activation == "sigmoid"
-    spec = LogitsSpec(size, bool(align_corners), binary, bool(from_logits))
     warn_at_first_call("logits", [logits], activation, from_logits)
-    z = _images(logits, spec)
+    z, spec = _images(
+        logits,
+        LogitsSpec(check_size(size, logits), bool(align_corners), binary, bool(from_logits)),
+    )
     if valid is not None:
         check_map("valid", valid, logits, spec.spatial(z))
         valid = _image_maps(valid, logits, spec)
@@ -587,17 +584,22 @@ def _prepare(
 def _mean_weights(
     counted: Tensor | int, z: Tensor, reduction: Reduction, factor: float = 1
 ) -> Tensor:
-    """(N, 1) weights of the pixels of images in their sum, or in the mean over those counted."""
+    """The weights (N, 1) of pixels in a sum, or in the mean over all counted pixels."""
+    if reduction == "mean" and factor in (0.5, 1) and type(counted) is int:
+        # With these factors Python divides to the same bits as a tensor, but faster. A compiler may
+        # count symbolically, and would then treat the quotient as a constant.
+        if not torch.compiler.is_compiling():
+            factor, reduction = factor / max(counted, 1), "sum"
     weights = z.new_full((z.shape[0], 1), factor, dtype=engine.accumulation_dtype(z.dtype))
     if reduction != "mean":
         return weights
-    # Nothing counted: 0 / 1, a zero that keeps its graph.
+    # If no pixel counts, the loss is 0 / 1, a zero that keeps its graph.
     return weights / (counted.clamp_min(1) if isinstance(counted, Tensor) else max(counted, 1))
 
 
 def _class_weights(counts: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
     """(N, C + 1) counts -> (N, C) weights 1 / max(N_c^a N^(1-a), 1), all 1 where N is 0."""
-    # The last bit of a power depends on its place in the tensor: rounded from float64 it does not.
+    # The last bit of a power depends on its position in the tensor; rounding from float64 drops it.
     on_mps = counts.device.type == "mps"  # which has no float64
     n = counts[..., :-1].to(torch.float32 if on_mps else torch.float64)
     total = n.sum(1, keepdim=True)
@@ -631,8 +633,8 @@ def _label_classes(
     """The class of every pixel of a label map, and the counts of classes in every image."""
     y = _image_maps(labels.long() if spec.binary else labels, logits, spec)
     if spec.binary:
-        # Two classes for channel c: 0, a pixel of its class, and 1, any other. The class of a
-        # single channel is 1, the foreground's.
+        # Channel c has two classes: 0 for pixels of class c, and 1 for all others. A single channel
+        # stands for class 1, the foreground.
         channels = logits.shape[1]
         own = torch.arange(channels, device=y.device) if channels > 1 else y.new_ones(1)
         own = own.repeat(y.shape[0] // channels).view(-1, *[1] * (y.dim() - 1))
@@ -643,22 +645,22 @@ def _label_classes(
     return engine.classify(z, None, y, valid, spec, ignore_index=ignore_index)
 
 
-def _images(logits: Tensor, spec: LogitsSpec) -> Tensor:
-    """Logits as (images, channels, *spatial): (N, C) is one image; sigmoid, one per channel."""
-    z = _drop_subclass(logits)
+def _images(logits: Tensor, spec: LogitsSpec) -> tuple[Tensor, LogitsSpec]:
+    """Logits as (images, channels, *spatial): (N, C) is one image, with sigmoid one per channel."""
+    z = logits if type(logits) is Tensor else _drop_subclass(logits)
     z = z.t().unsqueeze(0) if z.dim() == 2 else z
     return engine.prepare(z.flatten(0, 1).unsqueeze(1) if spec.binary else z, spec)
 
 
 def _image_maps(pixels: Tensor, logits: Tensor, spec: LogitsSpec) -> Tensor:
-    """A map (N, *spatial) as (images, *spatial), repeated for every channel under sigmoid."""
-    pixels = _drop_subclass(pixels)
+    """A map (N, *spatial) as (images, *spatial), repeated for every channel with sigmoid."""
+    pixels = pixels if type(pixels) is Tensor else _drop_subclass(pixels)
     pixels = pixels.unsqueeze(0) if logits.dim() == 2 else pixels
     return pixels.repeat_interleave(logits.shape[1], 0) if spec.binary else pixels
 
 
 def _pixels(maps: Tensor, logits: Tensor, spec: LogitsSpec) -> Tensor:
-    """The way back: (images, *spatial) as (N, *spatial), under sigmoid (N, C, *spatial)."""
+    """The inverse: (images, *spatial) as (N, *spatial), with sigmoid as (N, C, *spatial)."""
     if spec.binary:
         channels = logits.shape[1]
         maps = maps.reshape(maps.shape[0] // channels, channels, *maps.shape[1:])
@@ -669,7 +671,7 @@ def _pixels(maps: Tensor, logits: Tensor, spec: LogitsSpec) -> Tensor:
 
 def _drop_subclass(tensor: Tensor) -> Tensor:
     """Strip a tensor subclass that only adds metadata: it would slow every operation."""
-    if type(tensor) is Tensor or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return tensor
     adds_metadata = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     return tensor.as_subclass(Tensor) if adds_metadata else tensor

@@ -1,4 +1,4 @@
-"""The losses as modules: options and formulas. `maxsquare.functional` computes them."""
+"""The losses as modules, with their options and formulas; `maxsquare.functional` computes them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from maxsquare.checks import (
     Reduction,
     Scale,
     can_read,
+    check_number,
     check_options,
     check_prior,
-    check_ratio,
     warn_of_probabilities,
 )
 from maxsquare.functional import Size
@@ -36,7 +36,10 @@ class _Loss(nn.Module):
 
     def options(self) -> dict[str, Any]:
         """The options by name, as the function of the loss takes them."""
-        return {name: getattr(self, name) for name in self._option_names}
+        options = {}
+        for name in self._option_names:
+            options[name] = getattr(self, name)
+        return options
 
     def extra_repr(self) -> str:
         public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -99,10 +102,10 @@ class MaxSquareLoss(_TargetLoss):
     Args:
         ratio: None, or the exponent of image-wise weights, as in `IWMaxSquareLoss`.
         ignore_index: a label that is not counted where `labels` are given.
-        reduction: "mean" over the valid pixels of the batch (of several processes: README.md),
+        reduction: "mean" over the valid pixels of the batch (for several processes see README.md),
             "sum", or "none".
-        scale: "paper", the formula above; "reference", times 1 / C, is what the published code
-            computes: the published weights (lambda) belong to it.
+        scale: "paper", the formula above; "reference", times 1 / C, as in the published code,
+            which the published weights (lambda) assume.
         activation: "softmax", or "sigmoid": treats each channel as an independent binary problem
             with logits (z, 0), and C = 2.
         from_logits: whether the input holds logits; False if it holds probabilities.
@@ -110,15 +113,15 @@ class MaxSquareLoss(_TargetLoss):
     Call:
         logits: (N, C) or (N, C, *spatial) with up to three spatial dimensions; float16, bfloat16,
             float32 or float64, any strides. (N, C) is one image of N pixels.
-        size: (height, width) to which the logits are first upsampled bilinearly; None: as is.
+        size: (height, width) to which the logits are first upsampled bilinearly, or None.
             (depth, height, width) and (length,) upsample trilinearly and linearly, with the
             upsampled logits in memory.
         align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
         valid: bool (N, *spatial of the result), the pixels that count; None: all.
 
     Shape:
-        A scalar; with reduction="none" (N, *spatial), under sigmoid (N, C, *spatial), 0 where not
-        valid. float32 for half-precision logits. Dimensionless. 0 if nothing is valid.
+        A scalar, 0 if nothing is valid; with reduction="none" (N, *spatial), with sigmoid
+        (N, C, *spatial), 0 where not valid. float32 for half-precision logits. Dimensionless.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
@@ -157,7 +160,8 @@ class MaxSquareLoss(_TargetLoss):
         )
 
     def _entropy(self, classes: int) -> tuple[float, float]:
-        return 2, functional.max_square_factor(self.ratio, self.scale, classes)  # type: ignore[arg-type]
+        reference_factor = 0.5 if self.ratio is None else 1
+        return 2, functional.scale_factor(self.scale, classes, 0.5, reference_factor)  # type: ignore[arg-type]
 
 
 class IWMaxSquareLoss(MaxSquareLoss):
@@ -166,29 +170,29 @@ class IWMaxSquareLoss(MaxSquareLoss):
     .. math:: \ell = -\frac{1}{B} \sum_{b=1}^{B} \sum_{n} \frac{w_{b,n}}{2} \sum_c p_{b,n,c}^2,
               \qquad w_{b,n} = \frac{1}{\max(N_{b,c^*}^{\,a}\, N_b^{1-a},\ 1)}
 
-    c* is the predicted class of pixel n, N_{b,c*} how many pixels of image b have it, N_b how
-    many are valid, B the number of images. The weights are constants for the gradient, which is
+    c* is the predicted class of pixel n, N_{b,c*} the number of pixels of image b with that class,
+    N_b the number of its valid pixels, B that of images. The gradient treats weights as constants:
     d l / d z_{n,c} = -w_{b,n} p_{n,c} (p_{n,c} - sum_k p_{n,k}^2) / B.
     `functional.image_weights` returns them.
 
     Args:
-        ratio: the exponent a, from -1 to 1: 0 weighs all pixels alike, 1 all classes; 0.2 as
-            published. A negative one favours frequent classes (the SYNTHIA runs had -0.2).
+        ratio: the exponent a, from -1 to 1: 0 weights all pixels equally, 1 all classes; 0.2 as
+            published. A negative one favours frequent classes (the SYNTHIA runs used -0.2).
         ignore_index: a label that is not counted where `labels` are given.
-        reduction: "mean" over images of the weighted sum over pixels (of several processes:
-            README.md), "sum" over both, or "none".
-        scale: "paper", the formula above; "reference", times 2 / C, is what the published code
-            computes (it leaves out the half): the published weights (lambda) belong to it.
+        reduction: "mean" over images of the weighted sum over pixels (for several
+            processes see README.md), "sum" over both, or "none".
+        scale: "paper", the formula above; "reference", times 2 / C, as in the published code
+            (without the half), which the published weights (lambda) assume.
         activation: "softmax", or "sigmoid": treats each channel as an independent binary problem
-            with logits (z, 0), counted as an image of its own, and C = 2.
+            with logits (z, 0), which counts its own classes, and C = 2.
         from_logits: whether the input holds logits; False if it holds probabilities.
 
     Call:
         logits, size, align_corners, valid: as in `MaxSquareLoss`.
         labels: integers (N, *spatial of the result). N_{b,c} and N_b are counted from this map
-            instead of the prediction; values outside 0..C-1 are not counted. A pixel predicted as a
-            class that the map lacks has weight 1, a thousandfold of the others', as published: let
-            `valid` leave such pixels out, or count from the prediction.
+            instead of the prediction; values outside 0..C-1 are not counted. A pixel whose
+            predicted class is missing from the map has weight 1, a thousand times that of others,
+            as published: exclude such pixels with `valid`, or count from the prediction.
 
     Shape, Raises: as in `MaxSquareLoss`.
 
@@ -211,7 +215,7 @@ class IWMaxSquareLoss(MaxSquareLoss):
         activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
-        check_ratio(ratio)
+        check_number("ratio", ratio)
         super().__init__(
             ratio=ratio,
             ignore_index=ignore_index,
@@ -223,20 +227,20 @@ class IWMaxSquareLoss(MaxSquareLoss):
 
 
 class EntropyLoss(_TargetLoss):
-    r"""Rewards confident predictions by Shannon's entropy, the usual choice before.
+    r"""Rewards confident predictions by Shannon's entropy, the usual choice before maximum squares.
 
     .. math:: \ell = -\frac{1}{N} \sum_{n=1}^{N} \sum_{c=1}^{C} p_{n,c} \log p_{n,c}
 
     d l / d z_{n,c} = -p_{n,c} (log p_{n,c} - sum_k p_{n,k} log p_{n,k}) / N: in terms of p the
-    slope diverges as p -> 1, so that pixels already well classified take most of the gradient.
+    slope diverges as p -> 1, so pixels that are already well classified dominate the gradient.
 
     Args:
         ratio: None, or the exponent of image-wise weights, as in `IWEntropyLoss`.
         ignore_index: a label that is not counted where `labels` are given.
-        reduction: "mean" over the valid pixels of the batch (of several processes: README.md),
+        reduction: "mean" over the valid pixels of the batch (for several processes see README.md),
             "sum", or "none".
-        scale: "paper", the formula above; "reference", times 1 / C, is what the published code
-            computes: the published weights (lambda) belong to it.
+        scale: "paper", the formula above; "reference", times 1 / C, as in the published code,
+            which the published weights (lambda) assume.
         activation: "softmax", or "sigmoid": treats each channel as an independent binary problem
             with logits (z, 0), and C = 2.
         from_logits: whether the input holds logits; False if it holds probabilities.
@@ -282,17 +286,17 @@ class IWEntropyLoss(EntropyLoss):
     .. math:: \ell = -\frac{1}{B} \sum_{b=1}^{B} \sum_n w_{b,n} \sum_c p_{b,n,c} \log p_{b,n,c},
               \qquad w_{b,n} = \frac{1}{\max(N_{b,c^*}^{\,a}\, N_b^{1-a},\ 1)}
 
-    c* is the predicted class of pixel n, N_{b,c*} how many pixels of image b have it, N_b how
-    many are valid, B the number of images. The weights are constants for the gradient, which is
-    that of `EntropyLoss` with w_{b,n} / B in place of 1 / N.
+    c* is the predicted class of pixel n, N_{b,c*} the number of pixels of image b with that class,
+    N_b the number of its valid pixels, B that of images. The gradient treats weights as constants:
+    it is that of `EntropyLoss` with w_{b,n} / B in place of 1 / N.
 
     Args:
         ratio: the exponent a, from -1 to 1; 0.2 as published.
         ignore_index, activation, from_logits: as in `IWMaxSquareLoss`.
-        reduction: "mean" over images of the weighted sum over pixels (of several processes:
-            README.md), "sum" over both, or "none".
-        scale: "paper", the formula above; "reference", times 1 / C, is what the published code
-            computes: the published weights (lambda) belong to it.
+        reduction: "mean" over images of the weighted sum over pixels (for several
+            processes see README.md), "sum" over both, or "none".
+        scale: "paper", the formula above; "reference", times 1 / C, as in the published code,
+            which the published weights (lambda) assume.
 
     Call, Shape, Raises: as in `IWMaxSquareLoss`; the value is in nats.
 
@@ -314,7 +318,7 @@ class IWEntropyLoss(EntropyLoss):
         activation: Activation = "softmax",
         from_logits: bool = True,
     ) -> None:
-        check_ratio(ratio)
+        check_number("ratio", ratio)
         super().__init__(
             ratio=ratio,
             ignore_index=ignore_index,
@@ -334,16 +338,16 @@ class TsallisEntropyLoss(_TargetLoss):
     d S_q / d z_c = -q / (q - 1) (p_c^q - p_c sum_k p_k^q). S_2 is 1 + 2 `MaxSquareLoss`.
 
     Args:
-        q: above 0; the larger, the more the gradient keeps to uncertain pixels.
+        q: above 0; a larger q concentrates the gradient on uncertain pixels.
         ratio: None, or the exponent of image-wise weights, from -1 to 1, as in `IWEntropyLoss`.
         ignore_index: a label that is not counted where `labels` are given.
         reduction: "mean" over the valid pixels of the batch (with a ratio, over images of the
-            weighted sum over pixels; of several processes: README.md), "sum", or "none".
+            weighted sum over pixels; for several processes see README.md), "sum", or "none".
         scale: "paper", the formula above; "reference", times 1 / C, the convention of the
             published entropy.
         activation, from_logits: as in `MaxSquareLoss`.
 
-    Call, Shape, Raises: as in `IWMaxSquareLoss`; labels count classes where there is a ratio.
+    Call, Shape, Raises: as in `IWMaxSquareLoss`; labels require a ratio.
 
     Example:
         >>> import torch
@@ -390,11 +394,11 @@ class PseudoLabelLoss(_TargetLoss):
 
     Args:
         threshold: t, from 0 to 1; 0.95 as published.
-        reduction: "mean" over the accepted pixels (of several processes: README.md), "sum", or
+        reduction: "mean" over the accepted pixels (for several processes see README.md), "sum", or
             "none" (0 where not accepted).
         activation, from_logits: as in `MaxSquareLoss`.
 
-    Call, Shape, Raises: as in `MaxSquareLoss`; in nats, and 0 if nothing is accepted.
+    Call, Shape, Raises: as in `MaxSquareLoss`; the value is in nats, 0 if nothing is accepted.
 
     Example:
         >>> import torch
@@ -423,26 +427,26 @@ class PseudoLabelLoss(_TargetLoss):
 
 
 class TeacherLoss(_Loss):
-    r"""Cross entropy of a student against the classes of which its teacher is sure.
+    r"""Cross entropy of a student against the classes that its teacher predicts with confidence.
 
     .. math:: \ell = \frac{1}{M} \sum_{n \in A} -\log p_{n, y_n}, \qquad
               y_n = \arg\max_c p^T_{n,c}, \quad A = \{n : \max_c p^T_{n,c} > t\}
 
-    The teacher is a constant: the gradient, (p_{n,c} - [c = y_n]) / M on A, reaches the student.
+    The teacher is constant: the gradient, (p_{n,c} - [c = y_n]) / M on A, is the student's.
 
     Args:
         threshold: t, from 0 to 1.
         average: what "mean" divides by. "accepted": M = |A|. "valid": M = N, all valid pixels.
-            "share": the mean over all valid pixels, sure or not, times the share |A| / N.
-        reduction: "mean" (of several processes: README.md), "sum" of the same terms, or "none".
+            "share": the mean over all valid pixels, confident or not, times the share |A| / N.
+        reduction: "mean" (for several processes see README.md), "sum" of the same terms, or "none".
         activation, from_logits: as in `MaxSquareLoss`.
 
     Call:
         logits: the student's, as in `MaxSquareLoss`.
-        teacher_logits: of the same shape (with `size`, of any height and width).
+        teacher_logits: the teacher's, of the same shape (with `size`, of any height and width).
         size, align_corners, valid: as in `MaxSquareLoss`.
 
-    Shape, Raises: as in `MaxSquareLoss`; in nats, and 0 if nothing is accepted.
+    Shape, Raises: as in `MaxSquareLoss`; the value is in nats, 0 if nothing is accepted.
 
     Example:
         >>> import torch
@@ -496,7 +500,7 @@ class TeacherLoss(_Loss):
 
 
 class InformationMaximizationLoss(nn.Module):
-    r"""A target loss, and a term that keeps classes from being swallowed by others.
+    r"""A target loss plus a term that prevents classes from being absorbed by others.
 
     .. math:: \ell = \ell_{target} + \lambda f D_q(\bar p, \tau), \qquad
               D_q = \frac{1}{q-1} \sum_c \bar p_c^q - \tau_c^q - q \tau_c^{q-1} (\bar p_c - \tau_c)
@@ -504,17 +508,17 @@ class InformationMaximizationLoss(nn.Module):
     p_bar is the mean of p over the valid pixels of the batch, tau the prior, q that of the target
     loss (1 for pseudo labels), and f the factor that the target loss gives its entropy. D_1 is the
     Kullback-Leibler divergence sum_c p_bar_c log(p_bar_c / tau_c); D_2 = sum_c (p_bar_c - tau_c)^2.
-    Around a plain loss with weight 1 and a uniform prior, it is minus the mutual information of
-    pixel and class, in the entropy of that loss, up to a constant. Around an image-wise loss f
-    includes the sum of an image's weights, averaged over images, as a constant for the gradient.
+    With a plain loss, weight 1 and a uniform prior, the loss is, up to a constant, minus the mutual
+    information of pixel and class in the entropy of that loss. With an image-wise loss, f includes
+    the sum of an image's weights, averaged over images, as a constant for the gradient.
 
-    The mean is over the batch: from one image, the term asks every image to hold all classes, so
-    larger batches make it milder. Of several processes each takes the mean of its own batch.
+    The mean is over the batch: with one image, the term pushes that image towards all classes, so
+    larger batches make it milder. Each of several processes takes the mean of its own batch.
 
     Args:
         target_loss: any loss of one head's logits of this library.
         weight: lambda, at least 0.
-        prior: tau, the expected proportions of the classes, (C,), of sum 1; None: uniform. With
+        prior: tau, the expected proportions (C,) of the classes, with sum 1; None: uniform. With
             activation="sigmoid", the expected share of each channel; None: one half.
 
     Call, Shape, Raises: as the target loss.
@@ -591,7 +595,8 @@ class InformationMaximizationLoss(nn.Module):
         return self.target_loss.from_logits  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
-        prior = None if self.prior is None else self.prior.tolist()
+        # Seven digits, because float32 has no more.
+        prior = None if self.prior is None else [round(p, 7) for p in self.prior.tolist()]
         return f"weight={self.weight!r}, prior={prior!r}"
 
 
@@ -601,22 +606,22 @@ class MultiLevelGuidance(_Loss):
     .. math:: \ell = \frac{1}{|A|} \sum_{n \in A} -\log p^{low}_{n, y_n}, \qquad
               y_n = \arg\max_c \tfrac{1}{2} (p_{n,c} + p^{low}_{n,c})
 
-    A are the pixels at which max_c p_{n,c} > t or max_c p^low_{n,c} > t. The labels y are
-    constants: the gradient, (p^low_{n,c} - [c = y_n]) / |A|, reaches the low-level head only.
+    A is the set of pixels with max_c p_{n,c} > t or max_c p^low_{n,c} > t. The labels y are
+    constant: the gradient, (p^low_{n,c} - [c = y_n]) / |A|, reaches only the low-level head.
 
     Args:
         threshold: t, from 0 to 1; 0.95 as published.
-        reduction: "mean" over the accepted pixels (of several processes: README.md), "sum", or
+        reduction: "mean" over the accepted pixels (for several processes see README.md), "sum", or
             "none" (0 where not accepted).
         activation, from_logits: as in `MaxSquareLoss`.
 
     Call:
-        logits: of the final head, as in `MaxSquareLoss`.
+        logits: those of the final head, as in `MaxSquareLoss`.
         low_logits: those of the low-level head, of the same shape (with `size`, of any height and
-            width), or a list of several heads', whose losses are added.
+            width), or a list for several heads, whose losses are added.
         size, align_corners, valid: as in `MaxSquareLoss`.
 
-    Shape, Raises: as in `MaxSquareLoss`; in nats, and 0 if nothing is accepted.
+    Shape, Raises: as in `MaxSquareLoss`; the value is in nats, 0 if nothing is accepted.
 
     Example:
         >>> import torch
@@ -672,15 +677,15 @@ class MultiLevelLoss(nn.Module):
 
     Args:
         target_loss: any loss of one head's logits of this library, or an
-            `InformationMaximizationLoss`; the guidance has its reduction, activation and
+            `InformationMaximizationLoss`; the guidance uses its reduction, activation and
             from_logits.
-        threshold: of the guidance, from 0 to 1, as in `MultiLevelGuidance`.
-        weight: lambda, at least 0; 0.1 as published (there lambda_seg, so that this whole
-            loss is to be multiplied by lambda_target).
+        threshold: that of the guidance, from 0 to 1, as in `MultiLevelGuidance`.
+        weight: lambda, at least 0; 0.1 as published (lambda_seg; multiply this whole loss by
+            lambda_target).
 
     Call:
         logits, low_logits, size, align_corners, valid: as in `MultiLevelGuidance`.
-        labels: for an image-wise target loss: a map from which it counts classes.
+        labels: the map from which an image-wise target loss counts classes.
 
     Shape, Raises: as the target loss.
 

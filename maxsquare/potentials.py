@@ -1,7 +1,7 @@
-r"""Pixel potentials: what one pixel pays for its class probabilities, and the gradient of that.
+r"""Pixel potentials: the cost of one pixel's class probabilities, and its gradient.
 
 Every loss of this library sums a potential over pixels. With p = softmax(z) the gradient with
-respect to the logits is closed form,
+respect to the logits has the closed form
 
 .. math:: \partial\phi/\partial z_c = p_c (g_c - \textstyle\sum_k p_k g_k),
           \qquad g_c = \partial\phi/\partial p_c .
@@ -12,9 +12,9 @@ by a constant, and t_c = p_c L(p_c). Then g_c = -q L(p_c) + constant, and
 .. math:: S_q = a - \textstyle\sum_c t_c, \qquad
           \partial S_q/\partial z_c = -q\,(t_c - p_c \textstyle\sum_k t_k) .
 
-The shift is free, and saves digits: a = 1 / (q - 1) makes L a plain power, without a
-difference that flat predictions would lose; but near q = 1 it is huge, and a = 0 with
-expm1((q-1) log p) / (q - 1) is exact all the way to the logarithm at q = 1.
+Any shift is correct, and the right one saves digits: a = 1 / (q - 1) makes L a plain power,
+without a difference in which flat predictions cancel. Near q = 1 that shift is huge; there a = 0
+with expm1((q-1) log p) / (q - 1) is accurate up to the logarithm at q = 1.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Below, 1 / (q - 1) would be more than twice as large as any entropy of two classes.
+# For a smaller q, 1 / (q - 1) is more than twice as large as any entropy of two classes.
 POWER_FROM_Q = 1.5
 
-# The forms of t in the kernels, and the two potentials that have no t.
+# The formulas of t in the kernels, and the two potentials without t.
 SQUARE, SHANNON, POWER, NEAR_ONE, CROSS_ENTROPY, LINEAR = range(6)
 
 
 class Probabilities:
-    """p and log p of logits or probabilities z (N, C, *); a potential computes what it reads."""
+    """p and log p of logits or probabilities z (N, C, *), computed when a potential needs them."""
 
     def __init__(self, z: Tensor, from_logits: bool = True) -> None:
         self.z, self.from_logits = z, from_logits
@@ -53,9 +53,9 @@ class Probabilities:
 
 @dataclass(frozen=True)
 class Tsallis:
-    """S_q + offset; q = 1 is Shannon's entropy, q = 2 with offset -1 minus the sum of squares.
+    """S_q + offset: Shannon's entropy if q = 1, minus the sum of squares if q = 2 and offset -1.
 
-    normalised: the probabilities are known to add up to one.
+    normalised: whether the probabilities are known to sum to one.
     """
 
     q: float
@@ -63,11 +63,11 @@ class Tsallis:
     normalised: bool = True
 
     def shift(self) -> float:
-        """a."""
+        """The shift a."""
         return 1 / (self.q - 1) if self.q >= POWER_FROM_Q else 0.0
 
     def kind(self) -> int:
-        """The form of t."""
+        """The formula of t."""
         if self.q in (1, 2):
             return SHANNON if self.q == 1 else SQUARE
         return POWER if self.shift() else NEAR_ONE
@@ -86,7 +86,7 @@ class Tsallis:
             return p * bounded
         t = p * torch.expm1((q - 1) * bounded) / (q - 1)
         if q < 1 and self.normalised:
-            # Where p has been rounded away, p^q is still something.
+            # p underflows earlier than p^q.
             t = torch.where(p < tiny, torch.exp(q * log_p) / (q - 1), t)
         return t
 
@@ -95,13 +95,13 @@ class Tsallis:
         phi = self.shift() + self.offset - self.terms(probabilities).sum(1)
         if self.normalised or self.shift() or self.q == 1:
             return phi
-        # With a = 0 the sum above takes 1 for the sum of the probabilities.
+        # With a = 0 the sum above assumes that the probabilities sum to 1.
         return phi + (1 - probabilities.p().sum(1)) / (self.q - 1)
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """-log p_y against the pixel's class y; g_c = -[c = y] / p_y."""
+    """-log p_y of the pixel's class y; g_c = -[c = y] / p_y."""
 
     def kind(self) -> int:
         return CROSS_ENTROPY
@@ -109,16 +109,16 @@ class CrossEntropy:
     def value(self, probabilities: Probabilities, y: Tensor) -> Tensor:
         """The potential of every pixel, (N, *), for its class y (N, *)."""
         log_p = probabilities.log_p()
-        # A pixel whose y is no class has the value of some class: its weight is 0 or NaN.
+        # A pixel without a class takes the value of another one: its weight is 0 or NaN.
         c = y.long().clamp(0, log_p.shape[1] - 1).unsqueeze(1)
         return -log_p.gather(1, c).squeeze(1)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """sum_c G_c p_c, where G (N, C) are coefficients of each image; g_c = G_c.
+    """sum_c G_c p_c, where G (N, C) are the coefficients of each image; g_c = G_c.
 
-    It gives the gradient of a function of the sums of probabilities; G is the function's own.
+    It gives the gradient of a function of the class sums; G is that function's gradient by them.
     """
 
     def kind(self) -> int:
@@ -134,7 +134,7 @@ Potential = Tsallis | CrossEntropy | Linear
 
 
 def numbers_of(potential: Potential) -> tuple[int, float, float]:
-    """What an operator takes of a potential: its kind, q and offset."""
+    """A potential as the options of an operator: kind, q and offset."""
     if isinstance(potential, Tsallis):
         return potential.kind(), potential.q, potential.offset
     return potential.kind(), 0.0, 0.0

@@ -69,6 +69,12 @@ class Compiler:
             assert libraries.compiled(torch.float32)
 
 
+def forget() -> None:
+    """What a process knows of its kernels."""
+    libraries.LIBRARIES.clear()
+    operators._KERNELS.clear()
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder of a process that has not compiled, and for which none is named."""
@@ -77,9 +83,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(sys.modules, "ziglang", None)
-    libraries.LIBRARIES.clear()
+    forget()
     yield tmp_path / "cache" / "maxsquare"
-    libraries.LIBRARIES.clear()
+    forget()
 
 
 @pytest.fixture
@@ -196,7 +202,7 @@ def test_kernels_made_before_are_loaded_where_no_compiler_is_left(
     assert Path(libraries.library(torch.float32)._name).parent == cache
     # Neither those of another processor nor those of double precision.
     assert len(warnings_of_losses(torch.float64)) == 1
-    libraries.LIBRARIES.clear()
+    forget()
     monkeypatch.setattr(libraries, "processor", lambda: "another")
     assert len(warnings_of_losses(torch.float32)) == 1
 
@@ -265,7 +271,7 @@ def test_a_compiler_that_is_named_goes_before_a_ready_made_library(
     monkeypatch.setenv("PATH", "/bin")
     assert libraries.library(torch.float32)._name != str(path) and len(compiler.calls) == 1
     # Where it fails there are kernels all the same.
-    libraries.LIBRARIES.clear()
+    forget()
     shutil.rmtree(libraries.cache_folder())
     compiler.write("exit 1")
     assert not warnings_of_losses(torch.float32)
@@ -373,11 +379,11 @@ def test_cxx_goes_before_cc_which_goes_before_the_usual_ones(
     monkeypatch.setenv("CXX", "for_cxx")
     assert libraries.library(torch.float32)
     assert [len(each.calls) for each in (cxx, cc, usual)] == [1, 0, 0]
-    libraries.LIBRARIES.clear()
+    forget()
     cxx.write("exit 1")
     assert libraries.library(torch.float32)
     assert [len(each.calls) for each in (cxx, cc, usual)] == [2, 1, 0]
-    libraries.LIBRARIES.clear()
+    forget()
     monkeypatch.delenv("CC")
     monkeypatch.delenv("CXX")
     assert libraries.library(torch.float32)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType, SimpleNamespace
+from pathlib import Path
+from types import FrameType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +40,7 @@ from maxsquare.engine import operators, plain
 from maxsquare.potentials import POWER_FROM_Q, CrossEntropy, Tsallis, numbers_of
 
 OPERATORS = torch.ops.maxsquare
+LIBRARY = Path(plain.__file__).parents[1]
 each_loss = pytest.mark.parametrize("member", LOSSES, ids=repr)
 each_size = pytest.mark.parametrize("size", [None, (7, 9)], ids=["as is", "upsampled"])
 # What a compiler or a transform has to get through: no class, counts, indices, and two heads.
@@ -99,6 +102,24 @@ def test_every_loss_is_classifications_and_weighted_sums(
     calls.clear()
     torch.autograd.grad(value, inputs[0 if own else 1 :])
     assert calls == ([("sum", True)] * sums if size is None else [])
+
+
+def test_a_call_of_a_loss_takes_few_frames() -> None:
+    """They are most of the time of a small call, and what a reader has to follow."""
+    loss, z = MaxSquareLoss(), random_logits((1, 2, 16, 32)).float().requires_grad_()
+    frames: list[str] = []
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and Path(frame.f_code.co_filename).is_relative_to(LIBRARY):
+            frames.append(frame.f_code.co_name)
+
+    loss(z, size=(32, 64))  # finds the kernels
+    sys.setprofile(count)
+    try:
+        loss(z, size=(32, 64))
+    finally:
+        sys.setprofile(None)
+    assert 0 < len(frames) <= 30, frames
 
 
 @each_size

@@ -1,14 +1,14 @@
-// The three operators on CPUs, for logits of half and single precision, or (DOUBLE) of double.
+// The three operators on CPUs, for logits of half and single precision, or of double (DOUBLE).
 //
-// A tile of neighbouring pixels with all its classes stays in the first cache. Upsampled logits
-// exist only there: the low-resolution rows above and below a tile are interpolated along the row
-// once, and mixed for each row of pixels between them. The gradient returns the same way: it is
-// summed over those rows of pixels before it is spread over the low-resolution columns.
+// A tile of neighbouring pixels with all their classes stays in the first-level cache. Upsampled
+// logits exist only there: the low-resolution rows above and below a tile are interpolated once
+// along the row, and then mixed for each row of pixels between them. The gradient takes the same way
+// back: it is summed over those rows of pixels before it is spread over low-resolution columns.
 //
-// Work is cut into chunks that do not depend on the number of threads. Each chunk writes to its own
-// place, and the thread that completes the last chunk adds these partial results in order, so that
-// every number of threads gives the same bits. A thread takes the next chunk from a counter: one
-// that is interrupted delays no other.
+// Work is divided into chunks that do not depend on the number of threads. Each chunk writes to its
+// own memory, and the thread that completes the last chunk adds these partial results in order, so
+// every number of threads gives the same bits. Threads take the next chunk from a counter, so a
+// thread that is interrupted does not delay the others.
 //
 // The letters are those of potentials.py: p = exp(z - m) / Z, t = p L(p).
 
@@ -31,13 +31,13 @@ enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, UINT8, INT8, INT16, INT32, INT
 // As in potentials.py.
 enum Kind { SQUARE, SHANNON, POWER, NEAR_ONE, CROSS_ENTROPY, LINEAR };
 
-// A tensor (N, C, *spatial). Strides in elements; what is beyond the last dimension is 0.
+// A tensor (N, C, *spatial). Strides are in elements; entries beyond the last dimension are 0.
 struct Tensor {
     void *data;
     int64_t shape[5], stride[5];
 };
 
-// What to compute. Pointers are NULL where there is no such tensor.
+// The arguments of a call. The pointer of a missing tensor is NULL.
 struct Call {
     Tensor z, guide, grad;  // an upsampled gradient is contiguous
     const void *labels;     // of any integer dtype
@@ -45,15 +45,15 @@ struct Call {
     void *y;              // written by classify, read by weighted_sum
     const void *weights;  // (N, C) or (N, 1)
     void *result;         // weighted_sum: (N,); class_sums: (N, C); classify: (N, C + 1) counts
-    int64_t height, width;       // to which logits are upsampled; 0: they are not
-    int64_t chunks, chunk_size;  // of an image; pixels, or rows of cells, of a chunk
+    int64_t height, width;       // size to which logits are upsampled, or 0
+    int64_t chunks, chunk_size;  // chunks of an image; pixels, or rows of cells, of a chunk
     int64_t ignore_index;
     double q, shift, constant, threshold;
     int32_t dimensions, align_corners, binary, dtype, label_dtype, wide_index, kind, by_class, has_threshold;
 };
 EXPORT const int64_t call_bytes = sizeof(Call);
 
-// What the threads share: zeros at first. The partial results of all chunks follow it in memory.
+// The threads share this, initially zero. The partial results of all chunks follow it in memory.
 struct Progress {
     int64_t next, completed;  // chunks
     int64_t has_clamped;      // whether any logit is below the lowest one
@@ -65,8 +65,8 @@ EXPORT const int64_t progress_bytes = sizeof(Progress);
 #define INLINE static inline __attribute__((always_inline))
 #define OUTLINE __attribute__((noinline))
 
-// A vector fills a register. Of longer ones GCC compares and selects every lane by itself, which
-// takes most of the time.
+// A vector fills a register. GCC compares and selects longer vectors lane by lane, which would take
+// most of the time.
 #if defined __AVX512F__
 #define VECTOR_BYTES 64
 #elif defined __AVX2__
@@ -83,7 +83,7 @@ static const int MANTISSA = 52, BIAS = 1023, LOG_TERMS = 11, EXPM1_TERMS = 16;
 static const word ROOT_HALF = 0x3fe6a09e667f3bcd;
 static const real ROUND = 6755399441055744 + BIAS, TINY = 2.2250738585072014e-308;
 static const real LOG_TINY = -708.3964185322641;
-// log 2 in two parts, the first with so few digits that its multiples are exact.
+// log 2 in two parts; the first has so few digits that its multiples are exact.
 static const real LOG_2 = 0.6931471805592082, LOG_2_REST = 7.371002565167799e-13;
 #else
 typedef float real;
@@ -97,9 +97,9 @@ static const real LOG_2 = 0.693359375f, LOG_2_REST = -0.00021219444f;
 
 typedef real Reals __attribute__((vector_size(VECTOR_BYTES)));
 typedef integer Integers __attribute__((vector_size(VECTOR_BYTES)));
-typedef word Words __attribute__((vector_size(VECTOR_BYTES)));  // whose overflow is defined
+typedef word Words __attribute__((vector_size(VECTOR_BYTES)));  // overflow is defined
 static const int LANES = VECTOR_BYTES / sizeof(real);
-// Every processor adds up a tile in so many places, so that all get the same sums.
+// Every processor sums a tile in this many accumulators, so that all get the same result.
 static const int GROUP = 64 / sizeof(real);
 
 INLINE Reals load(const real *from) {
@@ -117,7 +117,7 @@ INLINE void store(integer *to, Integers x) { memcpy(to, &x, sizeof x); }
 INLINE Reals splat(real x) { return Reals{} + x; }
 INLINE Reals at_least(Reals x, real least) { return x < least ? splat(least) : x; }
 
-// 0 below the logarithm of the least normal number, NaN for NaN; x is below that of the largest.
+// 0 below the logarithm of the smallest normal number, NaN for NaN; x must not overflow.
 INLINE Reals exponential(Reals x) {
     Reals shifted = x * (real)1.4426950408889634 + ROUND;
     Reals n = shifted - ROUND;
@@ -135,8 +135,8 @@ INLINE Reals exponential(Reals x) {
     y = y * r + 1.0f;
     y = y * r + 1.0f;
 #endif
-    // The low digits of `shifted` are those of n + BIAS, the exponent of 2^n. To add n to that of y
-    // would be as fast, but would make a number of a NaN that has low digits.
+    // The low bits of `shifted` are those of n + BIAS, the exponent of 2^n. Adding n to the exponent
+    // of y would be as fast, but would turn some NaNs into numbers.
     Reals power = (Reals)((Words)shifted << MANTISSA);
     return x < LOG_TINY ? Reals{} : y * power;
 }
@@ -152,7 +152,7 @@ INLINE Reals logarithm(Reals x) {
     return exponent * LOG_2 + (exponent * LOG_2_REST + (s + s * series) * (real)2) + (x - x);
 }
 
-// exp(u) - 1, by its series where the difference would lose digits.
+// exp(u) - 1, as a series where the difference would lose digits.
 INLINE Reals exponential_less_1(Reals u) {
     Reals series = splat(1);
     for (int k = EXPM1_TERMS; k > 1; k--) series = series * u * ((real)1 / k) + (real)1;
@@ -188,7 +188,7 @@ struct Float16 {
     uint16_t bits;
     INLINE Float16 from(float x) {
         uint32_t sign = bits_of(x) & 0x80000000, u = bits_of(x) ^ sign;
-        // Beside 0.5 the last digit of a float32 is that of the smallest numbers: 2^-24.
+        // At 0.5 the last bit of a float32 is worth 2^-24, as is that of subnormal numbers.
         uint32_t small = bits_of(float_of(u) + 0.5f) - 0x3f000000;
         uint32_t normal = (u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13;
         uint32_t half = u < 0x38800000 ? small : u < 0x477ff000 ? normal : 0x7c00;
@@ -206,7 +206,7 @@ INLINE void assign(real &to, real x) { to = x; }
 INLINE void assign(BFloat16 &to, real x) { to = BFloat16::from((float)x); }
 INLINE void assign(Float16 &to, real x) { to = Float16::from((float)x); }
 
-// Calls visit with the data as a pointer of its type.
+// Calls visit with the data as a pointer to its type.
 template <class Visit> INLINE void with_type(int dtype, void *data, Visit visit) {
 #ifndef DOUBLE
     if (dtype == BFLOAT16) return visit((BFloat16 *)data);
@@ -240,7 +240,7 @@ static Axis make_axis(int64_t source, int64_t size, bool align_corners) {
     return {source > 1 ? source - 1 : 1, 0, size > 1 ? size - 1 : 1, source, size};
 }
 
-// A tensor with three spatial dimensions; those that it has not come first.
+// A tensor with three spatial dimensions; missing ones come first and have length 1.
 struct View {
     void *data;
     int64_t shape[3], stride[5];
@@ -256,7 +256,7 @@ struct View {
         columns = make_axis(shape[2], call.width, call.align_corners);
     }
 
-    // Whether one stride leads through all spatial dimensions; it becomes that of the last one.
+    // Whether one stride covers all spatial dimensions; it becomes that of the last one.
     bool make_flat() {
         int64_t step = -1, expected = -1;
         for (int d = 2; d >= 0; d--) {
@@ -270,7 +270,7 @@ struct View {
     }
 };
 
-// A call, and what follows from it.
+// A call, and the values derived from it.
 struct Task : Call {
     const int64_t images, channels, classes;
     const bool upsampled;
@@ -289,15 +289,15 @@ struct Task : Call {
     }
 };
 
-// Pixels of a chunk of pixels.
+// The pixels of a chunk.
 static int64_t begin_of(const Task &task, int64_t chunk) { return chunk * task.chunk_size; }
 static int64_t end_of(const Task &task, int64_t chunk) {
     int64_t end = (chunk + 1) * task.chunk_size;
     return end < task.length ? end : task.length;
 }
 
-// Calls visit(image, chunk of it) for the chunks that no other thread has taken. Returns true to the
-// thread that completes the last chunk.
+// Calls visit(image, chunk) for the chunks that no other thread has taken. Returns true to the thread
+// that completes the last chunk.
 template <class Visit> static bool for_chunks(const Task &task, Progress &progress, Visit visit) {
     const int64_t total = task.images * task.chunks;
     bool is_last = total == 0;
@@ -311,7 +311,7 @@ template <class Visit> static bool for_chunks(const Task &task, Progress &progre
 
 // Memory -------------------------------------------------------------------------------------------
 
-// The scratch memory of a thread, from which arrays are taken one after the other.
+// The scratch memory of a thread, from which arrays are taken one after another.
 struct Scratch {
     char *memory, *next;
     explicit Scratch(int64_t bytes) : memory((char *)malloc(bytes)), next(memory) {}
@@ -323,8 +323,8 @@ struct Scratch {
     }
 };
 
-// Asks the system for large pages. Memory that was never used costs a fault for each page, which for
-// 4 KiB of a full-resolution gradient takes longer than to compute it.
+// Asks the system for large pages. The first use of a page costs a fault, and for 4 KiB of a
+// full-resolution gradient the fault takes longer than the computation.
 static void use_large_pages(void *data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t page = 1 << 21;
@@ -372,7 +372,7 @@ OUTLINE static void write_grads(const Task &task, int64_t n, int64_t pixel, int 
 
 // Upsampling ---------------------------------------------------------------------------------------
 
-// Stands for -inf, a class that is masked out, where logits are interpolated: 0 times -inf is NaN.
+// Replaces -inf, the logit of a masked class, before interpolation: 0 times -inf is NaN.
 static const real LOWEST_LOGIT = (real)-1e30;
 
 // The source row (column) at or before pixel k.
@@ -382,7 +382,7 @@ static int64_t source_index(const Axis &axis, int64_t k) {
     return index < axis.source - 1 ? index : axis.source - 1;
 }
 
-// The weight of the source row (column) after that one; the last one has none after it.
+// The weight of the next source row (column); the last one has no next one.
 static real lerp_weight(const Axis &axis, int64_t k, int64_t index) {
     int64_t rest = k * axis.scale + axis.offset - index * axis.denominator;
     return rest > 0 && index < axis.source - 1 ? (real)((double)rest / (double)axis.denominator) : 0;
@@ -396,17 +396,17 @@ static int64_t first_pixel(const Axis &axis, int64_t i) {
     return first < axis.size ? first : axis.size;
 }
 
-// Reads tiles of logits (channels, tile), and upsamples them if the task says so.
+// Reads tiles of logits (channels, tile), and upsamples them if the task requires it.
 struct Reader {
     const Task &task;
     Progress &progress;
     const View &view;
     const int tile;
-    int64_t image = -1, tile_column = -1, source_row = -1;  // of `top`
-    int32_t *index;      // source index of all columns of the result
-    real *weight;        // likewise, lerp weight
+    int64_t image = -1, tile_column = -1, source_row = -1;  // the position of `top`
+    int32_t *index;      // the source index of every column of the result
+    real *weight;        // the lerp weight of every column
     real *source;        // a source row
-    real *top, *bottom;  // (channels, tile): the source rows around, interpolated along the row
+    real *top, *bottom;  // (channels, tile): the source rows above and below, interpolated along the row
 
     static int64_t bytes(const Task &task, const View &view, int tile) {
         if (!task.upsampled) return 0;
@@ -477,7 +477,7 @@ struct Reader {
         });
     }
 
-    // Adds the gradients of a tile's pixels to a source row, (channels, columns) with this stride.
+    // Adds the gradients of a tile's pixels to a source row (channels, columns) with this stride.
     OUTLINE void add_grads(const real *grads, int64_t column, int count, real *row, int64_t stride) {
         for (int64_t c = 0; c < task.channels; c++, grads += tile, row += stride)
             for (int k = 0; k < count;) {
@@ -496,7 +496,7 @@ struct Reader {
 // Calls visit(row, column, count, pixel) for the tiles of a chunk; see Reader::read.
 template <class Visit> INLINE void for_tiles(const Task &task, int64_t chunk, int tile, Visit visit) {
     const Axis &rows = task.z.rows, &columns = task.z.columns;
-    const bool is_up = task.upsampled && !task.labels;  // which have the resolution of the result
+    const bool is_up = task.upsampled && !task.labels;  // labels have the resolution of the result
     const int64_t first = is_up ? first_pixel(rows, chunk * task.chunk_size) : 0;
     const int64_t last = is_up ? first_pixel(rows, (chunk + 1) * task.chunk_size) : 1;
     const int64_t end = is_up ? columns.size : end_of(task, chunk);
@@ -509,13 +509,13 @@ template <class Visit> INLINE void for_tiles(const Task &task, int64_t chunk, in
 
 // Potentials ---------------------------------------------------------------------------------------
 
-// Weighted potentials of a vector of pixels with logits at x, a class every `tile`; if NEEDS_GRAD,
-// their gradients replace the logits. e: scratch of the same form. G: coefficients of LINEAR.
+// Weighted potentials of a vector of pixels with logits x, in which classes are `tile` elements apart;
+// if NEEDS_GRAD, gradients replace the logits. e: scratch of the same shape. G: coefficients of LINEAR.
 template <int KIND, bool NEEDS_GRAD>
 INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, Reals w, Integers y,
                                  const real *G) {
     const int64_t end = task.classes * tile;
-    // In single precision q itself may have lost all digits that tell it from 1.
+    // In single precision q - 1 could be 0.
     const real q = (real)task.q, excess = (real)(task.q - 1), factor = 1 / excess;
     const real shift = (real)task.shift;
     Reals m = load(x), Z = Reals{}, total = Reals{};
@@ -545,7 +545,7 @@ INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, R
             if (KIND == POWER) t = p * exponential(excess * log_p) * shift;
             if (KIND == NEAR_ONE) {
                 t = p * exponential_less_1(excess * at_least(log_p, LOG_TINY)) * factor;
-                // Where p has been rounded away, p^q is still something.
+                // p underflows earlier than p^q.
                 if (excess < 0) t = p < TINY ? exponential(q * log_p) * factor : t;
             }
             total += t;
@@ -570,7 +570,7 @@ INLINE Reals weighted_potentials(const Task &task, real *x, real *e, int tile, R
 }
 
 static int tile_of(const Task &task) {
-    // The up to six arrays of a tile stay in the first cache, or not far beyond.
+    // The up to six arrays of a tile fit into the first-level cache, or almost do.
     return GROUP * (task.classes <= 8 ? 16 : task.classes <= 40 ? 4 : task.classes <= 80 ? 2 : 1);
 }
 
@@ -592,8 +592,8 @@ struct PixelWeights {
         by_index = scratch.take<real>(task.classes + 2);
     }
 
-    // Weights of image n by index: 0 for -1, NaN for what is no class. All pixels weigh 1 in
-    // class_sums, which has no weights, and with LINEAR, whose weights are coefficients of classes.
+    // Weights of image n by index: 0 for -1, NaN for an undefined class. All pixels have weight 1 in
+    // class_sums, which has no weights, and for LINEAR, whose weights are coefficients of classes.
     void start_image(int64_t n) {
         const bool all_1 = !task.weights || task.kind == LINEAR;
         const real *weights = (const real *)task.weights + n * (task.by_class ? task.classes : 1);
@@ -603,7 +603,7 @@ struct PixelWeights {
         by_index[task.classes + 1] = (real)__builtin_nan("");
     }
 
-    // The logits x of a pixel that does not count become 0, whatever they were.
+    // The logits x of a pixel that does not count become 0.
     OUTLINE void read(int64_t n, int64_t pixel, int count, real *x) {
         const int64_t at = n * task.length + pixel;
         if (!task.y && !task.valid) {
@@ -635,12 +635,12 @@ template <int KIND, bool NEEDS_GRAD> struct WeightedSum {
     Progress &progress;
     const int tile;
     double *const partial_sums;
-    real *const partial_grads;  // of each chunk: the source row that it shares with the next
+    real *const partial_grads;  // for each chunk, the source row that it shares with the next
     Scratch scratch;
     Reader z;
     PixelWeights weights;
     real *x, *e;
-    real *upper, *lower;  // gradients of the source rows around
+    real *upper, *lower;  // gradients of the source rows above and below
 
     WeightedSum(const Task &task, Progress &progress)
         : task(task), progress(progress), tile(tile_of(task)), partial_sums((double *)(&progress + 1)),
@@ -702,7 +702,7 @@ template <int KIND, bool NEEDS_GRAD> struct WeightedSum {
                     }
                 }
                 z.add_grads(upper, column, count, grad + i * columns.source, plane);
-                // The last source row has none below it.
+                // The last source row has no row below.
                 if (i + 1 == rows.source) continue;
                 if (i + 1 == end)
                     z.add_grads(lower, column, count, shared, columns.source);
@@ -713,7 +713,7 @@ template <int KIND, bool NEEDS_GRAD> struct WeightedSum {
         return sum;
     }
 
-    // Sum over a tile with logits x; gradients replace them.
+    // The sum over a tile with logits x, which gradients replace.
     double tile_sum(int64_t n, int64_t pixel, int count) {
         const real *G = (const real *)task.weights + n * task.classes;
         if (task.classes > task.channels) memset(x + tile, 0, tile * sizeof(real));
@@ -748,7 +748,7 @@ template <int KIND, bool NEEDS_GRAD> struct WeightedSum {
                 for (int64_t j = 0; j < columns; j++, shared++)
                     if (row < rows) grad[(c * rows + row) * columns + j] += *shared;
         if (!progress.has_clamped) return;
-        // The gradient by a clamped logit is 0.
+        // The gradient of a clamped logit is 0.
         with_type(task.dtype, task.z.data, [&](auto *data) {
             const int64_t *stride = task.z.stride;
             for (int64_t c = 0; c < task.channels; c++)
@@ -763,7 +763,7 @@ template <int KIND, bool NEEDS_GRAD> struct WeightedSum {
 
 // Probabilities ------------------------------------------------------------------------------------
 
-// Z, and the exponentials in place of the logits.
+// Returns Z, and replaces the logits with their exponentials.
 INLINE Reals exponentials(const Task &task, real *x, int tile) {
     const int64_t end = task.classes * tile;
     Reals m = load(x), Z = Reals{};
@@ -822,7 +822,7 @@ struct ClassSums {
         }
     }
 
-    // Float32 adds up a tile, float64 the tiles.
+    // A tile is summed in float32, the tiles in float64.
     OUTLINE void add_tile(int count) {
         for (int k = 0; k < count; k += LANES)
             store(weights.w + k, load(weights.w + k) / exponentials(task, x + k, tile));
@@ -844,7 +844,7 @@ struct ClassSums {
     }
 };
 
-// Classes of a vector of pixels with logits at x and, of the guide, at g: the first of those with the
+// The classes of a vector of pixels with logits x, and g of the guide: the first class with the
 // largest (mean) probability, -1 where no head is sure, `classes` where a probability is NaN.
 INLINE Integers predict(const Task &task, real *x, real *g, int tile) {
     Reals ratio = splat(1), best = splat(-__builtin_inff());
@@ -860,8 +860,8 @@ INLINE Integers predict(const Task &task, real *x, real *g, int tile) {
         }
     }
     for (int64_t c = 0; c < task.classes * tile; c += tile, index += 1) {
-        // Z times the sum of both probabilities. Of two products in a sum a fused multiply-add
-        // rounds only one, so that classes whose means are equal would not tie.
+        // Z times the sum of both probabilities. In a sum of two products, a fused multiply-add would
+        // round only one of them, so that classes with equal means would not tie.
         Reals score = load(x + c);
         if (task.guide.data) score += load(g + c) * ratio;
         undefined |= score != score;
@@ -884,9 +884,9 @@ struct Classify {
     Reader z, guide;
     real *x, *g;
     integer *y;
-    int64_t *counts;  // of a chunk: (TABLES, 1 + bins), the first bin for -1
+    int64_t *counts;  // counts of a chunk (TABLES, 1 + bins); the first bin is for -1
 
-    // Neighbouring pixels count in other tables, so that no count waits for the one before.
+    // Neighbouring pixels count in different tables, so that no count waits for the previous one.
     static const int TABLES = 4;
 
     Classify(const Task &task, Progress &progress)
@@ -968,8 +968,8 @@ struct Classify {
 
 // Entry --------------------------------------------------------------------------------------------
 
-// Every thread makes the same call with the same progress. It returns 0 where there is no memory for
-// the scratch.
+// Every thread makes the same call with the same progress. It returns 0 if there is no memory for the
+// scratch.
 
 template <int KIND> static bool run_weighted_sum(const Task &task, Progress &progress) {
     return task.grad.data ? WeightedSum<KIND, true>(task, progress).run()

@@ -1,4 +1,4 @@
-"""The operators on CPUs: a call of the library of `cpu.cpp` by several threads."""
+"""The operators on CPUs: several threads call the library of `cpu.cpp`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from maxsquare.engine.libraries import library
 from maxsquare.engine.plain import LogitsSpec, accumulation_dtype, index_dtype
 from maxsquare.potentials import Potential, Tsallis
 
-# A chunk of pixels fills the second cache with its logits, so that threads seldom meet at the
-# counter of chunks; more rows of cells than these would take more memory for what chunks share.
+# The logits of a chunk fill the second-level cache, so threads rarely contend for the counter of
+# chunks. More chunks of cells would need more memory for the rows that they share.
 CHUNK_PIXELS = 4096
 CHUNKS_OF_CELLS = 64
-# Logits for which it is worth to wake another thread: some tens of microseconds of work.
+# The number of logits that justifies waking another thread: some tens of microseconds of work.
 LOGITS_PER_THREAD = 2**16
 
 # As `Dtype` in cpu.cpp.
@@ -36,7 +36,7 @@ DTYPES = {
         )
     )
 }
-# As `Call` in cpu.cpp: three tensors, five pointers, integers, numbers, options.
+# As `Call` in cpu.cpp: three tensors, five pointers, integers, floats, options.
 CALL = struct.Struct("@" + 3 * "P5q5q" + "5P" + "5q" + "4d" + "9i" + "0q")
 NO_TENSOR = (0,) * 11
 PADDING = ((0,) * 3, (0,) * 2, (0,), ())  # by the number of spatial dimensions
@@ -86,20 +86,22 @@ def weighted_sum(
 ) -> tuple[Tensor, Tensor | None]:
     """`plain.weighted_sum`."""
     dtype = accumulation_dtype(z.dtype)
+    if weights.dtype != dtype:
+        weights = weights.to(dtype)
     sums = z.new_empty(z.shape[0], dtype=dtype)
     grad, partial_bytes = None, 8
     if needs_grad and spec.size is None:
         grad = torch.empty_like(z)
     elif needs_grad:
         grad = z.new_empty(z.shape, dtype=dtype)
-        # The source row that a chunk of cells shares with the next one.
+        # A chunk of cells shares a source row with the next one.
         partial_bytes += z.shape[1] * z.shape[3] * dtype.itemsize
     run(
         *("weighted_sum", spec, partial_bytes, z, sums),
         grad=grad,
         valid=valid,
         y=None if y is None else y.contiguous(),
-        weights=dense(weights, dtype),
+        weights=weights.contiguous(),
         potential=potential,
     )
     return sums, grad
@@ -115,7 +117,7 @@ def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
 
 def scale_grad(grad: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """Every image's gradient times its factor, in a dtype."""
-    grad, factors = grad.contiguous(), dense(factors, grad.dtype)
+    grad, factors = grad.contiguous(), factors.to(grad.dtype).expand(len(grad)).contiguous()
     result = torch.empty_like(grad, dtype=dtype)
     kernel("scale_grad", grad.dtype)(
         DTYPES[dtype],
@@ -145,9 +147,9 @@ def run(
     threshold: float | None = None,
     ignore_index: int = -1,
 ) -> None:
-    """Have as many threads as PyTorch uses take chunks of the work until none is left.
+    """Run a kernel on as many threads as PyTorch uses; each takes chunks until none is left.
 
-    partial_bytes: of the partial result of each chunk.
+    partial_bytes: the size of the partial result of a chunk.
     """
     images, channels, *spatial = z.shape
     height, width = spec.size or (0, 0)
@@ -167,7 +169,11 @@ def run(
         *pack(z),
         *(NO_TENSOR if guide is None else pack(guide)),
         *(NO_TENSOR if grad is None else pack(grad)),
-        *(pointer(labels), pointer(valid), pointer(y), pointer(weights), result.data_ptr()),
+        0 if labels is None else labels.data_ptr(),
+        0 if valid is None else valid.data_ptr(),
+        0 if y is None else y.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        result.data_ptr(),
         *(height, width, chunks, chunk_size, ignore_index),
         *(q, shift, shift + offset, threshold or 0.0),
         2 + len(spatial),
@@ -202,18 +208,9 @@ def pack(tensor: Tensor) -> tuple[int, ...]:
     return tensor.data_ptr(), *shape, *padding, *tensor.stride(), *padding
 
 
-def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same numbers, one after the other, in a dtype; `to` takes its time even for nothing."""
-    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
-
-
-def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 @functools.cache
 def kernel(name: str, dtype: torch.dtype) -> Any:
-    """A function of the library for logits of a dtype, which there must be."""
+    """A function of the library for logits of a dtype, which must exist."""
     kernels = library(accumulation_dtype(dtype))
     assert kernels is not None
     for exported, size in (("call_bytes", CALL.size), ("progress_bytes", ctypes.sizeof(Progress))):
@@ -227,21 +224,21 @@ class SharedCall:
     """A call of a kernel that other threads may join until its caller has done the work.
 
     It holds no lock in which a signal could interrupt the caller: popping from a list is atomic,
-    and SimpleQueue is written for it.
+    and SimpleQueue is made for reentrant use.
     """
 
     def __init__(
         self, function: Any, arguments: tuple[Any, ...], tensors: Any, helpers: int
     ) -> None:
         self.function, self.arguments = function, arguments
-        # A helper may outlive an interrupt of the caller: the tensors must live as long.
+        # The tensors must stay alive, as a helper may run on after the caller is interrupted.
         self.tensors = tensors
         self.helpers = helpers
         self.places = [None] * helpers
         self.results: SimpleQueue[int] = SimpleQueue()
 
     def join(self) -> None:
-        """Help, if there is a place left."""
+        """Help if a place is left."""
         try:
             self.places.pop()
         except IndexError:
@@ -249,10 +246,10 @@ class SharedCall:
         self.results.put(self.function(*self.arguments))
 
     def finish(self) -> list[int]:
-        """Do what is left of the work, then wait for those that have joined."""
+        """Do the remaining work, then wait for the helpers that have joined."""
         joined = self.helpers
         done = [self.function(*self.arguments)]
-        # Whoever has not joined yet is not needed any more.
+        # Helpers that have not joined yet are no longer needed.
         with contextlib.suppress(IndexError):
             while True:
                 self.places.pop()
@@ -261,10 +258,10 @@ class SharedCall:
 
 
 class Helpers:
-    """Threads that call kernels, which release the interpreter's lock.
+    """Threads that call kernels, which run without the interpreter's lock.
 
-    Unlike those of ThreadPoolExecutor they serve every thread until the process ends, and do not
-    delay its end.
+    Unlike those of ThreadPoolExecutor they serve all threads until the process exits, and do not
+    delay its exit.
     """
 
     def __init__(self) -> None:
@@ -274,9 +271,9 @@ class Helpers:
     def call(
         self, function: Any, arguments: tuple[Any, ...], tensors: Any, count: int
     ) -> list[int]:
-        """Call a kernel together with so many threads, or as many as there are."""
+        """Call a kernel together with `count` helpers, or as many as there are."""
         with contextlib.suppress(RuntimeError):  # no more threads can be started
-            # To count processors takes longer than all else here.
+            # Counting processors is the slowest step, so it comes last.
             while len(self.threads) < count and len(self.threads) < (os.cpu_count() or 1):
                 thread = threading.Thread(target=self.work, name="maxsquare", daemon=True)
                 thread.start()
@@ -287,18 +284,18 @@ class Helpers:
         return shared.finish()
 
     def work(self) -> None:
-        """Join one call after the other."""
+        """Join one call after another."""
         while True:
             shared = self.calls.get()
             shared.join()
-            del shared  # else its tensors would live until the next call
+            del shared  # otherwise its tensors would live until the next call
 
 
 HELPERS = Helpers()
 
 
 def start_anew() -> None:
-    """A forked process has none of its parent's threads."""
+    """Forget the helpers in a forked process, which has none of its parent's threads."""
     global HELPERS
     HELPERS = Helpers()
 

@@ -2,13 +2,13 @@
 
 Every kernel works on tiles [BLOCK_C, BLOCK_M] of classes and pixels. At full resolution the pixels
 of a tile are neighbours, read and written 16 bytes at a time. Upsampled pixels lie between the
-corners of low-resolution cells: a program takes a strip of neighbouring cells, a lane for each of
-their columns, and goes down it row by row. It reads a row of corners once, for the cells above and
-below, and sums the gradient of these corners in registers. Corners that two strips share are added
-afterwards in a fixed order: the results are deterministic, without atomics.
+corners of low-resolution cells: a program takes a strip of neighbouring cells, with a lane for each
+of their columns, and walks down it row by row. It reads each row of corners once, for the cells
+above and below, and sums the gradient of these corners in registers. Corners that two strips share
+are added afterwards in a fixed order, so results are deterministic without atomics.
 
-With more classes than BLOCK_C, reductions read them chunk after chunk, and each chunk's gradient
-has a program of its own. The letters are those of potentials.py.
+With more classes than BLOCK_C, reductions read them chunk by chunk, and each chunk's gradient has
+its own program. The letters are those of potentials.py.
 """
 
 # Triton publishes no type hints, and its kernels have none.
@@ -40,18 +40,18 @@ from maxsquare.potentials import (
     Tsallis,
 )
 
-# The first whose kernels take constants with fields.
+# The first version whose kernels take constants with fields.
 TRITON = (3, 4)
 MAX_CLASSES = 256
-# Elements of a warp's tile: of 19 classes, padded to 32, a thread holds 40 in registers.
+# Elements of a warp's tile. With 19 classes, padded to 32, a thread holds 40 in registers.
 WARP_TILE = 2048
-# With fewer neighbouring pixels, a warp's loads of half-precision logits are not 16 bytes a lane.
+# With fewer neighbouring pixels, a lane loads less than 16 bytes of half-precision logits.
 MIN_PIXELS, MAX_PIXELS = 64, 1024
-# Of a thread at full resolution: 20 warps of a multiprocessor keep its memory busy.
+# Registers of a thread at full resolution: 20 warps keep a multiprocessor's memory busy.
 REGISTERS = 96
-# Columns of a strip, and classes of a lane: two rows of corners and of their gradients.
+# Columns of a strip, and classes of a lane, which holds two rows of corners and their gradients.
 LANES, LANE_CLASSES = 32, 32
-# Longer programs share more corners, and need less memory for them; fewer leave a GPU idle.
+# More programs would need more memory for shared corners, fewer would leave a GPU idle.
 PROGRAMS = 4096
 # Pixels that a program counts, and elements that a program adds.
 COUNTED, ADDED = 2048, 1024
@@ -60,10 +60,10 @@ MAX_BINS = 512
 
 
 def kernel(function: Any) -> Any:
-    """A kernel that is not compiled again for other values of its arguments.
+    """A kernel that is not recompiled for other values of its arguments.
 
-    Triton specialises integers that are 1 or divisible by 16. What a kernel must know of strides
-    stands in its KernelConfig instead.
+    Triton would specialise integers that are 1 or divisible by 16. KernelConfig holds what a kernel
+    must know of strides instead.
     """
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     varying = [name for name in names if not name.endswith("_ptr") and not name.isupper()]
@@ -101,9 +101,9 @@ def _total(z, m, Z, y, G, G_ptr, CONFIG: tl.constexpr):
 
 @triton.jit
 def _p_and_t(z, start, m, Z, y, G, G_ptr, CONFIG: tl.constexpr):
-    """p and t of the classes from `start`; the potential is a constant less scale times their sum.
+    """p and t of the classes from `start`; the potential is a constant minus scale times sum t.
 
-    Cross entropy: t = [c = y] log p. Linear: t = -G p. Else that of `Tsallis.terms` over the scale.
+    Cross entropy: t = [c = y] log p. Linear: t = -G p. Else t of `Tsallis.terms` over the scale.
     """
     c = _classes(start, CONFIG)
     x = _logits(z, start, True, CONFIG) - m
@@ -122,17 +122,17 @@ def _p_and_t(z, start, m, Z, y, G, G_ptr, CONFIG: tl.constexpr):
     else:
         t = _exp2(x * (CONFIG.q * LOG2E) - log_Z * (CONFIG.q * LOG2E), CONFIG)
         if CONFIG.kind != CONFIG.POWER:
-            # p^q - p, by a series where the difference would lose digits.
+            # p^q - p, as a series where the difference would lose digits.
             u = x * (CONFIG.q - 1) - log_Z * (CONFIG.q - 1)
             t = tl.where(tl.abs(u) < CONFIG.series_below, p * _expm1(u, CONFIG), t - p)
-    # Constants for the padding, of which the compiler then computes nothing.
+    # With constants for the padding, the compiler computes nothing for it.
     return tl.where(c < CONFIG.classes, p, 0.0), tl.where(c < CONFIG.classes, t, 0.0)
 
 
 @triton.jit
 def _exp2(x, CONFIG: tl.constexpr):
     if CONFIG.flushes:
-        # Denormal results, which `tl.exp2` keeps, are most of its instructions.
+        # `tl.exp2` spends most of its instructions on denormal results.
         e = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -143,7 +143,7 @@ def _exp2(x, CONFIG: tl.constexpr):
 
 @triton.jit
 def _expm1(u, CONFIG: tl.constexpr):
-    """exp(u) - 1 of a small u, by its series."""
+    """exp(u) - 1 of a small u, as a series."""
     series = u * CONFIG.series[0] + CONFIG.series[1]
     for k in tl.static_range(2, len(CONFIG.series)):
         series = series * u + CONFIG.series[k]
@@ -152,7 +152,7 @@ def _expm1(u, CONFIG: tl.constexpr):
 
 @triton.jit
 def _coefficients(G_ptr, start, CONFIG: tl.constexpr):
-    """G of the classes from `start`, for every pixel, so that no layout is converted."""
+    """G of the classes from `start`, expanded over pixels to avoid a layout conversion."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
     c = _classes(start, CONFIG) + tl.zeros([1, BLOCK_M], tl.int32)
     return tl.load(G_ptr + c, mask=c < CONFIG.classes, other=0)
@@ -165,7 +165,7 @@ def _value(total, CONFIG: tl.constexpr):
 
 @triton.jit
 def _gradient(z, start, m, Z, total, w, y, counted, G, G_ptr, CONFIG: tl.constexpr):
-    """The weighted gradient by the logits of the classes from `start`."""
+    """The weighted gradient with respect to the logits of the classes from `start`."""
     p, t = _p_and_t(z, start, m, Z, y, G, G_ptr, CONFIG)
     if CONFIG.kind == CONFIG.CROSS_ENTROPY:
         gradient = (p - tl.where(_classes(start, CONFIG) == y, 1.0, 0.0)) * w
@@ -194,7 +194,7 @@ def _mapped(pixel, inside, n, weights_ptr, y_ptr, valid_ptr, length, CONFIG: tl.
         w = tl.full([1, 1], 1, CONFIG.dtype)
     else:
         w = tl.load(weights_ptr + n)
-    # A pixel whose index is no class shows.
+    # NaN makes an undefined class visible.
     w = tl.where(y == CONFIG.classes, float("nan"), w)
     return y, tl.where(counted, w, 0.0), counted
 
@@ -221,13 +221,13 @@ def _classes(start, CONFIG: tl.constexpr):
 def _logits(z, start, HOISTED: tl.constexpr, CONFIG: tl.constexpr):
     """Logits [BLOCK_C, BLOCK_M] of the classes from `start`, -inf beyond the last.
 
-    HOISTED: of upsampled logits, the interpolated corners above and below were read before.
+    HOISTED: upsampled logits have their interpolated corners above and below already loaded.
     """
     c = _classes(start, CONFIG)
     if not CONFIG.upsampled:
         head, n, pixel, inside, shape = z
         at = _pointers(head, n, c, pixel, shape, CONFIG)
-        # A binary problem has one channel, and 0 for its second class.
+        # A binary problem has one channel, and its second logit is 0.
         x = tl.load(at, mask=inside & (c < CONFIG.channels), other=0).to(CONFIG.dtype)
     elif HOISTED and CONFIG.classes <= CONFIG.block_c:
         head, row, column, inside, upper, lower, down = z
@@ -246,10 +246,10 @@ def _pixels(tile, CONFIG: tl.constexpr):
 
 @triton.jit
 def _pointers(head, n, c, pixel, shape, CONFIG: tl.constexpr):
-    """Where classes c of pixels of image n lie.
+    """Pointers to classes c of pixels of image n.
 
-    Strides of images and classes are in units of CONFIG.unit elements, by which the compiler sees
-    that it may read vectors.
+    Strides of images and classes are in units of CONFIG.unit elements, which show the compiler that
+    it may read vectors.
     """
     ptr, images, classes, depths, rows, columns = head
     ptr += n * images * CONFIG.unit
@@ -264,7 +264,7 @@ def _pointers(head, n, c, pixel, shape, CONFIG: tl.constexpr):
 
 
 # An axis is (scale, offset, denominator, source, size), as `layout.axis` gives it: pixel k lies at
-# source position (k * scale + offset) / denominator. Integers give its floor and the rest exactly.
+# source position (k * scale + offset) / denominator. Integers give its floor and remainder exactly.
 # Cell i lies between corners i and i + 1. Cells -1 and source - 1 have one corner, of weight 1.
 
 
@@ -294,7 +294,7 @@ def _corner(head, c, i, j, mask, CONFIG: tl.constexpr):
     offset = j * columns.to(CONFIG.index) + i * rows.to(CONFIG.index)
     offset += c * classes.to(CONFIG.index)
     x = tl.load(ptr + offset, mask=mask & (c < CONFIG.channels), other=0).to(CONFIG.dtype)
-    # `clamp_min`, which keeps NaN.
+    # This is `clamp_min`, which keeps NaN.
     return tl.where(x < CONFIG.lowest, CONFIG.lowest, x)
 
 
@@ -309,7 +309,7 @@ def _edge(head, start, i, j, across, inside, CONFIG: tl.constexpr):
 
 @triton.jit
 def _upsampled(head, c, row, column, inside, CONFIG: tl.constexpr):
-    """Logits at any row and columns, all of whose corners are read."""
+    """Logits at any row and columns, loading all their corners."""
     ptr, classes, rows, columns, row_axis, column_axis = head
     i, j = _cell(row, row_axis, CONFIG), _cell(column, column_axis, CONFIG)
     down = _lerp_weight(row, i, row_axis, CONFIG)
@@ -340,7 +340,7 @@ def _weighted_sum(
     length, height, width, tiles,
     CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """The weighted potentials of a tile, and the gradient by the logits of one chunk of classes."""
+    """The weighted potentials of a tile, and the gradient of the logits of one chunk of classes."""
     program = tl.program_id(0)
     n, tile = (program // tiles).to(tl.int64), program % tiles
     length *= CONFIG.unit
@@ -372,7 +372,7 @@ def _class_sums(
     length, height, width, tiles, parts,
     CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """The sums of p over every `parts`-th tile of an image, of one chunk of classes."""
+    """The sums of p over every `parts`-th tile of an image, for one chunk of classes."""
     program = tl.program_id(0)
     n, part = (program // parts).to(tl.int64), program % parts
     start = _first_class(CONFIG)
@@ -445,12 +445,12 @@ def _class(z, guide, GUIDED: tl.constexpr, threshold, CONFIG: tl.constexpr):
         score = tl.where((score == score) & real, score, -float("inf"))
         largest = tl.max(score, 0, keep_dims=True)
         at = tl.min(tl.where((score == largest) & real, c, CONFIG.classes), 0, keep_dims=True)
-        # Of equals the first: an earlier chunk wins.
+        # The first of equal classes wins, so an earlier chunk does.
         y = tl.where(largest > best, at, y)
         best = tl.maximum(best, largest)
     if CONFIG.thresholded:
         y = tl.where(sure, y, -1)
-    # Infinite logits have no probabilities either.
+    # Infinite logits have no defined probabilities either.
     return tl.where((nan > 0) | (best - best != 0), CONFIG.classes, y)
 
 
@@ -475,7 +475,7 @@ def _count(
     for block in range(part, (length + BLOCK - 1) // BLOCK, parts):
         pixel = (tl.zeros([1], tl.int64) + block) * BLOCK + tl.arange(0, BLOCK)
         y = tl.load(y_ptr + n * length + pixel, mask=pixel < length, other=-1).to(tl.int32) - first
-        # The last bin has all other pixels.
+        # The last bin counts all other pixels.
         counts += tl.histogram(tl.where((y < 0) | (y >= BINS - 1), BINS - 1, y), BINS)
     bin = tl.arange(0, BINS)
     at = counts_ptr + program.to(tl.int64) * bins + first + bin
@@ -513,10 +513,10 @@ def _weighted_sum_upsampled(
     first_i, first_j, band, bands, strips,
     length, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """The weighted potentials of a strip, and the gradient by its corners of one chunk of classes.
+    """The weighted potentials of a strip, and the gradient of its corners for a chunk of classes.
 
-    Corners belong to the strip and the band of cells on their right and below. What a strip owes
-    those of the next strip goes to `right`, what it owes those of the next band to `below`.
+    A corner belongs to the strip and the band of cells on its right and below. A strip's part of
+    the next strip's corners goes to `right`, and that of the next band's corners to `below`.
     """
     C: tl.constexpr = CONFIG.block_c
     M: tl.constexpr = CONFIG.block_m
@@ -577,7 +577,7 @@ def _store_corners(g, across, at, beside, real, first_cell, columns, CONFIG: tl.
     left = tl.sum(tl.reshape(g * (1 - across), [CONFIG.block_c, CELLS, CONFIG.slots]), 2)
     right = tl.sum(tl.reshape(g * across, [CONFIG.block_c, CELLS, CONFIG.slots]), 2)
     cell = tl.arange(0, CELLS)[None, :]
-    # The corner left of a cell is right of the one before it; that right of the last comes round.
+    # The left corner of a cell is the right corner of the previous one; the last right one wraps.
     before = tl.zeros([CONFIG.block_c, CELLS], tl.int32) + (cell + CELLS - 1) % CELLS
     right = tl.gather(right, before, 1)
     j = first_cell + cell
@@ -592,7 +592,7 @@ def _combine(
     images, rows, columns, first_i, first_j, band, bands, strips,
     BLOCK: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums of an image, or what programs left for some corners of one class."""
+    """Add the partial sums of an image, or the partial gradients of some corners of one class."""
     program = tl.program_id(0)
     if program < images:
         programs = bands * strips
@@ -608,7 +608,7 @@ def _combine(
         k = (program - images) % blocks * BLOCK + tl.arange(0, BLOCK)
         inside = k < rows.to(CONFIG.index) * columns
         i, j = k // columns, k % columns
-        # The strip and the band of cells that own the corner, and whether it is their first.
+        # The strip and the band of cells that own the corner, and whether it is their first one.
         CELLS: tl.constexpr = CONFIG.block_m // CONFIG.slots
         strip, b = (j - first_j) // CELLS, (i - first_i) // band
         owed = inside & ((j - first_j) % CELLS == 0) & (strip > 0)
@@ -627,7 +627,7 @@ def _combine(
         z_at = z_ptr + map // CONFIG.channels * z_n + map % CONFIG.channels * z_c
         z_at += i * z_row.to(CONFIG.index) + j * z_column.to(CONFIG.index)
         x = tl.load(z_at, mask=inside, other=0).to(CONFIG.dtype)
-        # Where the logits are clamped it is 0.
+        # The gradient of clamped logits is 0.
         grad_at = grad_ptr + map * rows * columns + k
         tl.store(grad_at, tl.where(x < CONFIG.lowest, 0.0, grad), mask=inside)
 
@@ -640,7 +640,7 @@ def _class_sums_upsampled(
     first_i, first_j, band, bands, strips,
     length, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """The sums of p over a strip, of one chunk of classes."""
+    """The sums of p over a strip, for one chunk of classes."""
     C: tl.constexpr = CONFIG.block_c
     M: tl.constexpr = CONFIG.block_m
     rows = row_scale, row_offset, row_denominator, row_source, row_size
@@ -723,7 +723,7 @@ def _classify_upsampled(
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """What a kernel is compiled for."""
+    """The constants for which a kernel is compiled."""
 
     classes: int
     channels: int
@@ -732,7 +732,7 @@ class KernelConfig:
     dtype: tl.dtype
     index: tl.dtype
     upsampled: bool
-    # At full resolution: one stride leads through all pixels; it is 1, or that of classes is.
+    # At full resolution: one stride covers all pixels, it is 1, the stride of classes is 1.
     flat: bool = False
     pixels_adjoin: bool = False
     classes_adjoin: bool = False
@@ -763,7 +763,7 @@ class KernelConfig:
 
 
 class Launch:
-    """How the kernels of one call cut its pixels, and what they are told of its tensors."""
+    """The division of a call's pixels into programs, and the arguments of its kernels."""
 
     def __init__(self, z: Tensor, spec: LogitsSpec, others: list[Tensor], **options: Any) -> None:
         """others: logits at the same pixels."""
@@ -783,7 +783,7 @@ class Launch:
             options["flat"] = flat
             options["pixels_adjoin"] = flat and all(step[4] == 1 for step in steps)
             options["classes_adjoin"] = all(step[1] == 1 for step in steps)
-            # Vectors need no more than 16 bytes: 8 elements of half precision.
+            # A vector has at most 16 bytes: 8 elements of half precision.
             vector = 8 if options["pixels_adjoin"] else 1
             unit = math.gcd(vector, self.length, *(s for step in steps for s in step[:2]))
             options["unit"] = unit
@@ -795,7 +795,7 @@ class Launch:
             self.geometry: tuple[int, ...] = (self.length // unit, *shape, self.programs)
             reach = [self.length]
         else:
-            # Aligned corners of a single row would lie at any pixel.
+            # With aligned corners, a single row would lie at every pixel.
             axes = [
                 [
                     axis(source, pixels, spec.align_corners and source > 1)
@@ -807,7 +807,7 @@ class Launch:
             widest = triton.cdiv(columns[2], columns[0])
             slots = min(triton.next_power_of_2(widest), LANES)
             parts = triton.cdiv(widest, slots)
-            # Pixels before the first corner have a cell of their own.
+            # Pixels before the first corner have their own cell.
             first_i, first_j = (-1 if offset < 0 else 0 for _, offset, *_ in (rows, columns))
             cell_rows = rows[3] - first_i
             self.strips = triton.cdiv(columns[3] - first_j, LANES // slots) * parts
@@ -839,11 +839,11 @@ class Launch:
             block_c=block_c,
             block_m=block_m,
             dtype=tl.float64 if dtype == torch.float64 else tl.float32,
-            # Within an image, 32 bits suffice for all but the largest.
+            # Offsets within an image fit into 32 bits unless it is very large.
             index=tl.int32 if max(reach) < 2**30 else tl.int64,
             upsampled=spec.size is not None,
-            # The first term that is left out, and the digits that a difference loses beyond, are
-            # roundings.
+            # Below this limit the first omitted term is a rounding error; above it, so is what the
+            # difference loses.
             series_below=1 / 2 if wide == 2 else 1 / 32,
             series=tuple(1 / math.factorial(k) for k in range(16 if wide == 2 else 3, 0, -1)),
             log_tiny=math.log(torch.finfo(dtype).tiny),
@@ -984,7 +984,7 @@ def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
     classes, programs = launch.config.classes, launch.programs
     valid = None if valid is None else valid.contiguous()
     if spec.size is None:
-        # Longer programs, as each has sums of all classes.
+        # Fewer, longer programs, because each stores the sums of all classes.
         launch.programs = programs = max(1, min(programs, PROGRAMS // max(len(z), 1)))
         kernel, arguments = _class_sums, (*launch.geometry, programs)
     else:
@@ -995,7 +995,7 @@ def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
 
 
 def check(device: torch.device) -> None:
-    """Raise unless the operators give what the plain formula gives; the host waits for that."""
+    """Raise unless the operators agree with the plain formula; the host waits for the GPU."""
     if tuple(map(int, triton.__version__.split(".")[:2])) < TRITON:
         raise RuntimeError(
             f"they need Triton 3.4 or later, not {triton.__version__} (update PyTorch to 2.8)"
@@ -1005,7 +1005,7 @@ def check(device: torch.device) -> None:
         raise RuntimeError(f"no kernels for {target.backend}")
     options: Any = {"dtype": torch.float32, "device": device}
     z = torch.linspace(-2, 3, 2 * 5 * 3 * 4, **options).sin().mul(5).view(2, 5, 3, 4)
-    # Not flipped: the classes c and 4 - c of a sure pixel would tie, and rounding decide.
+    # If it were flipped, classes c and 4 - c of a sure pixel would tie, and rounding would decide.
     guide = z.roll(1, 1)
     weights = torch.linspace(0.5, 1, 2 * 5, **options).view(2, 5)
     for size in (None, (7, 6)):

@@ -1,4 +1,4 @@
-"""How logits lie in memory, and where upsampled pixels lie among them; for all kernels."""
+"""The memory layout of logits, and the source positions of upsampled pixels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def flat_stride(z: Tensor) -> int | None:
-    """From one pixel to the next, if one stride leads through all spatial dimensions."""
+    """The stride from one pixel to the next, if one stride covers all spatial dimensions."""
     step, expected = None, None
     for length, stride in zip(reversed(z.shape[2:]), reversed(z.stride()[2:]), strict=True):
         if length == 1:
@@ -20,7 +20,7 @@ def flat_stride(z: Tensor) -> int | None:
 
 
 def strides(z: Tensor, flat: bool) -> tuple[int, ...]:
-    """Of images, channels and three spatial dimensions; flat: of these, the last is for all."""
+    """Strides of images, channels and three spatial dimensions; if flat, the last is of pixels."""
     images, channels, *spatial = z.stride()
     if flat:
         spatial = [flat_stride(z) or 0]
@@ -28,10 +28,10 @@ def strides(z: Tensor, flat: bool) -> tuple[int, ...]:
 
 
 def axis(source: int, size: int, align_corners: bool) -> tuple[int, int, int, int, int]:
-    """(scale, offset, unit, source, size): pixel k lies at (k * scale + offset) / unit.
+    """(scale, offset, denominator, source, size) of an axis.
 
-    These are the positions of `F.interpolate` as exact fractions: in float32 one far from the
-    origin would lose most of its digits.
+    Pixel k lies at (k * scale + offset) / denominator. These are the positions of
+    `F.interpolate` as exact fractions: far from the origin, float32 would lose most digits.
     """
     if align_corners:
         return max(source - 1, 1), 0, max(size - 1, 1), source, size

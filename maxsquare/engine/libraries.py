@@ -1,7 +1,7 @@
 """The library of the CPU kernels: ready-made in a wheel, or compiled from `cpu.cpp` on first use.
 
-A compiler of this machine makes it for its processor, as Triton and torch.compile make their
-kernels, and the result is kept in the user's cache folder.
+As with Triton and torch.compile, a compiler of this machine builds it for its processor, and the
+user's cache folder keeps the result.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-# Not -ffast-math, which would lose NaN and infinities. Without exceptions and type information the
-# library needs nothing of C++'s own library, which the command for C (cc, clang) does not link.
+# -ffast-math would break NaN and infinities. Without exceptions and type information the library
+# does not need C++'s standard library, which the commands for C (cc, clang) do not link.
 FLAGS = (
     *("-x", "c++", "-std=c++17", "-O3", "-shared", "-w", "-fno-exceptions", "-fno-rtti"),
     *("-fno-math-errno", "-fno-trapping-math"),
@@ -34,7 +34,7 @@ FLAGS = (
 )
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 NATIVE = "-mcpu=native" if ARM else "-march=native"
-# Zig compiles its own libraries before the first program: minutes on a slow machine.
+# Zig compiles its own libraries before the first program, which can take minutes.
 COMPILER_SECONDS = 300
 ADVICE = {
     "darwin": "pip install ziglang, or xcode-select --install",
@@ -44,7 +44,7 @@ ADVICE_ELSEWHERE = "pip install ziglang, or on Debian and Ubuntu apt-get install
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernels for logits of a dtype; None, after a warning, where there are none."""
+    """The kernels for an accumulation dtype; None, after a warning, if there are none."""
     if dtype not in LIBRARIES:
         with COMPILING:
             if dtype not in LIBRARIES:
@@ -53,12 +53,12 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 
 LIBRARIES: dict[torch.dtype, ctypes.CDLL | None] = {}
-# Threads that need the kernels at once wait for one compiler.
+# Threads that need the kernels at the same time wait for one compiler.
 COMPILING = threading.RLock()
 
 
 def find_library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """`library`: by a compiler that the user names, else ready-made, else by a usual compiler."""
+    """Try a compiler that the user names, then a ready-made library, then the usual compilers."""
     named = named_compilers()
     found = None if named else ready_made(dtype)
     try:
@@ -77,21 +77,21 @@ def find_library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 
 def ready_made(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The library that came with the wheel for this processor, if one did."""
+    """The library for this processor in the wheel, if there is one."""
     precision = "double" if dtype == torch.float64 else "single"
     for level in levels():
         for path in SOURCE.parent.glob(f"cpu-{level}-{precision}.*"):
-            with contextlib.suppress(OSError):  # on a file system from which nothing is executed
+            with contextlib.suppress(OSError):  # on a file system mounted noexec
                 return open_library(path)
     return None
 
 
 def levels() -> tuple[str, ...]:
-    """What a ready-made library may demand of this processor, the most first."""
+    """The instruction sets of ready-made libraries that this processor has, the best first."""
     if ARM:
         return ("arm64",)
-    # PyTorch asks the processor on every system. Those with AVX2 and FMA have all of x86-64-v3,
-    # those with AVX-512 BW, DQ and VL all of x86-64-v4.
+    # PyTorch queries the processor on every system. Those with AVX2 and FMA support x86-64-v3,
+    # those with AVX-512 BW, DQ and VL support x86-64-v4.
     known = {"AVX512": ("x86-64-v4", "x86-64-v3"), "AVX2": ("x86-64-v3",)}
     return known.get(torch.backends.cpu.get_cpu_capability(), ())
 
@@ -100,15 +100,15 @@ def levels() -> tuple[str, ...]:
 
 
 def compiled(dtype: torch.dtype) -> ctypes.CDLL:
-    """The library that a compiler of this machine makes, or made before; OSError: none does."""
+    """The library that a compiler of this machine builds or has built; OSError if none can."""
     if not SOURCE.exists():
         raise FileNotFoundError(
             f"neither a ready-made library nor their source is at {SOURCE}. "
             "A frozen application must take both along"
         )
     flags = (*FLAGS, "-DDOUBLE") if dtype == torch.float64 else FLAGS
-    # What the library computes, and for which processor: any compiler's will do where none works.
-    # Another compiler, or another version, compiles anew, as it may be faster or have lost a bug.
+    # The library's content and processor, which suffice to find one if no compiler works. Another
+    # compiler or version compiles again, because it may be faster or have fixed a bug.
     content = digest(SOURCE.read_bytes(), repr(flags), processor())
     problem = "there is none"
     for compiler in compilers():
@@ -134,57 +134,57 @@ def compiled(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def compilers() -> Iterator[list[str]]:
-    """Commands to try: those of CXX and CC, else those that are usual."""
+    """The commands to try: those of CXX and CC, or the usual ones."""
     if named := named_compilers():
         for program, *options in named:
-            # One that is not there is a problem to tell.
+            # A missing program stays in the list, so that the error names it.
             yield [shutil.which(program) or program, *options]
         return
     # On Windows clang needs Visual Studio, and GCC does not align the stack for vectors.
     for program in () if sys.platform == "win32" else ("cc", "gcc", "clang"):
         if path := shutil.which(program):
             yield [path]
-    # `python -m ziglang cc`, by its program, whose version `identity` sees.
+    # The program behind `python -m ziglang cc`, whose version `identity` sees.
     if (ziglang := importlib.util.find_spec("ziglang")) and ziglang.origin:
         if path := shutil.which("zig", path=os.path.dirname(ziglang.origin)):
             yield [path, "cc"]
 
 
 def named_compilers() -> list[list[str]]:
-    """The commands of CXX and CC, taken apart."""
+    """The commands of CXX and CC, split into words."""
     named = [os.environ[name] for name in ("CXX", "CC") if os.environ.get(name, "").strip()]
     return [[command] if shutil.which(command) else split(command) for command in named]
 
 
 def split(command: str) -> list[str]:
-    """A command's words; a backslash of Windows is part of a path."""
+    """The words of a command; on Windows a backslash is part of a path."""
     try:
         if sys.platform == "win32":
             return [word.strip('"') for word in shlex.split(command, posix=False)]
         return shlex.split(command)
-    except ValueError:  # a quotation mark without its pair
+    except ValueError:  # an unbalanced quotation mark
         return command.split()
 
 
 def cached(key: str) -> ctypes.CDLL | None:
-    """A library of the user's cache folder."""
+    """A library from the user's cache folder."""
     for path in cache_folder().glob(f"cpu-{key}-*.so"):
         try:
-            # What another user put there may be anything.
+            # Files of other users are not trusted.
             if hasattr(os, "geteuid") and path.stat().st_uid not in (0, os.geteuid()):
                 continue
-            # A damaged library would take the process down with it, so its name has its checksum.
+            # A damaged library would crash the process, so its name contains its checksum.
             if path.stem.endswith(digest(path.read_bytes())):
                 return open_library(path)
             path.unlink()
-        except OSError:  # unreadable, or on a file system from which nothing is executed
+        except OSError:  # unreadable, or on a file system mounted noexec
             continue
     return None
 
 
 def compile_with(compiler: list[str], flags: tuple[str, ...], key: str) -> ctypes.CDLL:
-    """The library that a compiler makes, which the user's cache folder keeps."""
-    # Not TemporaryDirectory: a process forked meanwhile would remove it at its end.
+    """Compile the library, and keep it in the user's cache folder."""
+    # With TemporaryDirectory, a process forked meanwhile would remove it at exit.
     scratch = tempfile.mkdtemp()
     try:
         fresh = Path(scratch, "cpu.so")
@@ -192,20 +192,20 @@ def compile_with(compiler: list[str], flags: tuple[str, ...], key: str) -> ctype
         try:
             call_compiler(command)
         except subprocess.CalledProcessError as error:
-            # Some compilers know no processor of this name.
+            # Some compilers do not support this option.
             if "native" not in error.stderr:
                 raise
             call_compiler([word for word in command if word != NATIVE])
         kept = keep(fresh, key)
-        # Nothing is executed from some folders for temporary files, nor from some home folders.
+        # Temporary folders and home folders may be mounted noexec.
         with contextlib.suppress(OSError):
             return open_library(kept)
         return open_library(fresh)
     except OSError as error:
-        # The same words for every dtype, so that they are shown once.
+        # The message is the same for every dtype, so that Python shows it once.
         raise OSError(str(error).replace(scratch + os.sep, "")) from error
     finally:
-        # A library in use cannot be removed everywhere.
+        # Some systems cannot remove a library that is in use.
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -217,17 +217,17 @@ def call_compiler(command: list[str]) -> None:
         encoding="utf-8",
         errors="replace",
         timeout=COMPILER_SECONDS,
-        # Control-C is for this process, which may go on after it.
+        # Ctrl-C must not reach the compiler, because this process may continue.
         start_new_session=True,
     )
 
 
 def keep(fresh: Path, key: str) -> Path:
-    """Where a compiled library is kept; where it is, if the folder does not take it."""
+    """Copy a library to the cache folder and return its path, or the old one if that fails."""
     content = fresh.read_bytes()
     folder = cache_folder()
     kept = folder / f"cpu-{key}-{digest(content)}.so"
-    part = folder / f".{fresh.parent.name}"  # a name that no other process has
+    part = folder / f".{fresh.parent.name}"  # a name that no other process uses
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
@@ -241,7 +241,7 @@ def keep(fresh: Path, key: str) -> Path:
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """The library of a file; OSError: it cannot be loaded, or is another."""
+    """Load a library; OSError if that fails or if it is another one."""
     kernels = ctypes.CDLL(str(path))
     if not hasattr(kernels, "weighted_sum"):
         raise OSError(f"{path}: does not export the kernels")
@@ -249,29 +249,29 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
+    """The folder that keeps compiled kernels."""
     for folder in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
-        if os.path.isabs(folder):  # as the standard of XDG_CACHE_HOME demands
+        if os.path.isabs(folder):  # as the XDG standard requires
             return Path(folder, "maxsquare")
-    return Path(os.devnull)  # nobody's home: nothing is kept
+    return Path(os.devnull)  # no home folder: nothing is kept
 
 
 def identity(compiler: list[str]) -> str:
-    """What changes with another version of the compiler; asking it would take much longer."""
+    """A string that changes with the compiler's version; running it would take much longer."""
     program = os.path.realpath(compiler[0])
     status = os.stat(program)
     return f"{program} {status.st_size} {status.st_mtime_ns}"
 
 
 def processor() -> str:
-    """What changes with another processor."""
+    """A string that changes with the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         lines = []
     names = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa")
     known = [line for line in lines if line.startswith(names)]
-    # On some systems `platform.processor` calls a command, which is not always on the path.
+    # On some systems `platform.processor` runs a command that is not always on the path.
     return repr((platform.machine(), known or platform.processor()))
 
 
@@ -281,7 +281,7 @@ def digest(*parts: bytes | str) -> str:
 
 
 def start_anew() -> None:
-    """A forked process has none of its parent's threads, which may have held the lock."""
+    """Renew the lock in a forked process, which lacks the thread that may have held it."""
     global COMPILING
     COMPILING = threading.RLock()
 

@@ -1,18 +1,18 @@
-"""The operators that every loss is made of, and which kernels compute them.
+"""The operators that every loss is made of, and the choice of kernels that compute them.
 
     y, counts = classify(z, ...)          the class of every pixel, how many of each per image
     sums = weighted_sum(z, weights, ...)  sum of w[n, y] phi(p) over the pixels of every image
     sums = class_sums(z, ...)             sum of p_c over the pixels of every image
 
-They are registered with PyTorch, so that compilers and exporters keep them as they are. Eager calls
-go through an autograd.Function, which knows all derivatives, straight to the kernels. Images are
-independent: a dimension that vmap maps over joins them. Where a device has no kernels, the plain
-formula takes their place, and autograd and compilers see ordinary PyTorch.
+They are registered with PyTorch, so that compilers and exporters keep them whole. Eager calls go
+through an autograd.Function, which defines all derivatives, directly to the kernels. Images are
+independent, so vmap merges its dimension with theirs. If a device has no kernels, the plain formula
+takes their place, and autograd and compilers see ordinary PyTorch.
 
-The gradient of an upsampled loss is small, and its exponentials are expensive: value and gradient
-come from one pass, and the upstream gradient scales the gradient. At full resolution the gradient
-is large, and scaling it is expensive: the backward pass computes it, with the upstream gradient
-within the weights.
+The gradient of an upsampled loss is small, but its exponentials are expensive: one pass computes
+value and gradient, and the backward pass scales the gradient. At full resolution the gradient is
+large, so scaling it is expensive: the backward pass computes it, with the upstream gradient
+multiplied into the weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from maxsquare.engine.libraries import library
 from maxsquare.engine.plain import LogitsSpec, accumulation_dtype, index_dtype
 from maxsquare.potentials import Linear, Potential, numbers_of, potential_of
 
-# Function transforms take apart options that are not numbers, so operators have numbers only.
+# Function transforms flatten other objects, so operators take only tensors and numbers.
 SPEC = "SymInt? height, SymInt? width, bool align_corners, bool binary"
 torch.library.define(
     "maxsquare::classify",
@@ -51,7 +51,7 @@ OPERATORS = torch.ops.maxsquare
 
 
 def spec_numbers(spec: LogitsSpec) -> tuple[Any, ...]:
-    """The options of an operator that stand for a spec."""
+    """A spec as the options of an operator."""
     return *(spec.size or (None, None)), spec.align_corners, spec.binary
 
 
@@ -64,14 +64,24 @@ def spec_of(height: int | None, width: int | None, *flags: bool) -> LogitsSpec:
 
 
 def kernels_for(z: Tensor) -> ModuleType | None:
-    """The kernels for logits on their device; None: the plain formula."""
-    if z.device.type == "cpu":
-        return cpu if library(accumulation_dtype(z.dtype)) else None
-    return cuda_kernels(z.device) if z.device.type == "cuda" else None
+    """The kernels for the device and dtype of z; None: the plain formula."""
+    key = z.device, z.dtype
+    if key not in _KERNELS:
+        _KERNELS[key] = _find_kernels(*key)
+    return _KERNELS[key]
+
+
+_KERNELS: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
+
+
+def _find_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    if device.type == "cpu":
+        return cpu if library(accumulation_dtype(dtype)) else None
+    return cuda_kernels(device) if device.type == "cuda" else None
 
 
 def cuda_kernels(device: torch.device) -> ModuleType | None:
-    """The CUDA kernels, if they give what the plain formula gives on this device."""
+    """The CUDA kernels, or None if they do not work on this device."""
     if device not in _CHECKED_KERNELS:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -82,11 +92,11 @@ def cuda_kernels(device: torch.device) -> ModuleType | None:
     return _CHECKED_KERNELS[device]
 
 
-# Of each device, once it was checked.
+# The result of the check of each device.
 _CHECKED_KERNELS: dict[torch.device, ModuleType | None] = {}
 
-# They say nothing of the kernels: the call fails, and the next one checks again. PyTorch has
-# AcceleratorError (an asynchronous CUDA error) from 2.8 on.
+# These failures do not come from the kernels: the call raises them, and the next call checks again.
+# AcceleratorError, an asynchronous CUDA error, exists since PyTorch 2.8.
 _OTHER_FAILURES = (
     MemoryError,
     OSError,
@@ -96,7 +106,7 @@ _OTHER_FAILURES = (
 
 
 def check_cuda_kernels(device: torch.device) -> ModuleType | None:
-    """The CUDA kernels, or None and a warning."""
+    """The CUDA kernels if they agree with the plain formula; otherwise None, after a warning."""
     try:
         kernels = importlib.import_module("maxsquare.engine.cuda")
         with torch.cuda.device(device):
@@ -104,7 +114,7 @@ def check_cuda_kernels(device: torch.device) -> ModuleType | None:
     except _OTHER_FAILURES:
         raise
     except Exception as error:
-        # No Triton, no compiler for its launcher, a GPU too old or not NVIDIA's, another version.
+        # Triton or a compiler is missing, a version does not fit, or the GPU is not supported.
         warnings.warn(
             f"maxsquare computes slowly on {device}, as its Triton kernels do not work: {error}",
             stacklevel=2,
@@ -113,34 +123,23 @@ def check_cuda_kernels(device: torch.device) -> ModuleType | None:
     return kernels
 
 
-def supports_operator(z: Tensor, spec: LogitsSpec) -> bool:
-    """Whether kernels take these logits, and upsample them.
-
-    Not probabilities, nor upsampling of other than two dimensions, nor a tensor with its own
-    dispatch.
-    """
-    if not spec.from_logits or (spec.size is not None and len(spec.size) != 2):
-        return False
-    if torch.compiler.is_compiling():
-        # The compiler would drop an operator's derivatives within a transform that it compiles.
-        return not torch._C._are_functorch_transforms_active() and _has_kernels(z.device, z.dtype)
-    ordinary = type(z).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return ordinary and kernels_for(z) is not None
-
-
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device has kernels, which a compiler must not trace."""
+    """Whether a device has kernels for a dtype, as a constant for compilers."""
     return kernels_for(torch.empty(0, dtype=dtype, device=device)) is not None
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler with us.
+# As torch.compiler.assume_constant_result does, which would also import the compiler.
 _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_traced(*tensors: Tensor) -> bool:
-    """Whether the dispatcher must see an operator: a mode traces it, or a tensor is batched."""
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
-        is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor) for tensor in tensors
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether a dispatch mode, a function transform or forward mode must see the operators."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_functorch_wrapped_tensor(tensor)
+        or is_legacy_batchedtensor(tensor)
     )
 
 
@@ -162,22 +161,8 @@ def _weighted_sum(
     z: Tensor, weights: Tensor, y: Tensor | None, valid: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, Tensor]:
     *spec, kind, q, offset, needs_grad = numbers
-    return _sums_and_grad(
-        *(z, weights, y, valid, potential_of(kind, q, offset), spec_of(*spec), needs_grad)
-    )
-
-
-def _sums_and_grad(
-    z: Tensor,
-    weights: Tensor,
-    y: Tensor | None,
-    valid: Tensor | None,
-    potential: Potential,
-    spec: LogitsSpec,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    kernels = kernels_for(z) or plain
-    sums, grad = kernels.weighted_sum(z, weights, y, valid, potential, spec, needs_grad)
+    kernels, potential = kernels_for(z) or plain, potential_of(kind, q, offset)
+    sums, grad = kernels.weighted_sum(z, weights, y, valid, potential, spec_of(*spec), needs_grad)
     return sums, z.new_empty((len(z), 0)) if grad is None else grad
 
 
@@ -189,9 +174,9 @@ def _class_sums(z: Tensor, valid: Tensor | None, *spec: Any) -> Tensor:
 
 
 def _scale_grad(grad: Tensor, factors: Tensor, z: Tensor) -> Tensor:
-    """The gradient by z in its dtype; with z as an argument, compilers see that it depends on z."""
+    """Scale the gradient of each image; z is passed so that compilers see the dependency."""
     # PyTorch's multiplication would wake OpenMP threads, which then spin for milliseconds on the
-    # cores that the next kernel needs (measured on two: 8 ms instead of 5).
+    # cores that the next kernel needs (on two cores: 8 ms instead of 5).
     if kernels_for(grad) is cpu:
         return cpu.scale_grad(grad, factors, z.dtype)
     return (grad * factors.view(-1, *[1] * (grad.dim() - 1))).to(z.dtype)
@@ -240,7 +225,7 @@ def _scale_grad_shapes(grad: Tensor, factors: Tensor, z: Tensor) -> Tensor:
 
 
 def _over_joined_images(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule by which a function of images is mapped over a dimension."""
+    """The vmap rule of a function of images: the mapped dimension merges with theirs."""
 
     def rule(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> Any:
         def join(tensor: Tensor, dim: int | None) -> Tensor:
@@ -273,19 +258,38 @@ for _name in ("classify", "weighted_sum", "class_sums", "scale_grad"):
 # Derivatives --------------------------------------------------------------------------------------
 
 
-class _Function(torch.autograd.Function):
-    """A Function whose calls do not inspect its signature."""
+class _WeightedSum(torch.autograd.Function):
+    """The sum over all images, for eager calls.
 
-    @classmethod
-    def apply(cls, *arguments: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*arguments)
-        # torch.autograd.Function binds arguments to the signature of forward at every call.
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+    It has no setup_context: for that, PyTorch inspects the signature of forward at every call.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        weights: Tensor,
+        y: Tensor | None,
+        valid: Tensor | None,
+        potential: Potential,
+        spec: LogitsSpec,
+        needs_grad: bool,
+    ) -> Tensor:
+        kernels: Any = kernels_for(z)
+        sums, grad = kernels.weighted_sum(z, weights, y, valid, potential, spec, needs_grad)
+        ctx.potential, ctx.spec, ctx.needs_grad = potential, spec, needs_grad
+        ctx.save_for_backward(z, weights, y, valid, grad)
+        total: Tensor = sums.squeeze(0) if len(sums) == 1 else sums.sum()
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, total_grad: Tensor) -> tuple[Tensor | None, ...]:
+        options: Any = (ctx.potential, ctx.spec, ctx.needs_grad)
+        return _gradient(total_grad, *ctx.saved_tensors, *options), *[None] * 6
 
 
-class _WeightedSum(_Function):
-    """The sums and their gradient by z; the latter is empty if not needed."""
+class _TransformedWeightedSum(torch.autograd.Function):
+    """The sums of images and their gradient, which is empty if not needed, for transforms."""
 
     @staticmethod
     def forward(
@@ -297,8 +301,6 @@ class _WeightedSum(_Function):
         spec: LogitsSpec,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        if not _is_traced(z):
-            return _sums_and_grad(z, weights, y, valid, potential, spec, needs_grad)
         sums, grad = OPERATORS.weighted_sum(
             *(z, weights, y, valid, *spec_numbers(spec), *numbers_of(potential), needs_grad)
         )
@@ -309,40 +311,56 @@ class _WeightedSum(_Function):
         *tensors, ctx.potential, ctx.spec, ctx.needs_grad = inputs
         _, grad = output
         ctx.mark_non_differentiable(grad)
-        # Otherwise autograd would fill a gradient of zeros for the second output.
+        # Otherwise autograd would allocate a gradient of zeros for the second output.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, grad)
         ctx.save_for_forward(*tensors, grad)
 
     @staticmethod
-    def backward(ctx: Any, sums_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, sums_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if sums_grad is None:
             return (None,) * 7
-        options = (ctx.potential, ctx.spec, ctx.needs_grad)
+        options: Any = (ctx.potential, ctx.spec, ctx.needs_grad)
         return _gradient(sums_grad, *ctx.saved_tensors, *options), *[None] * 6
 
     @staticmethod
     def jvp(ctx: Any, z_tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
         z = ctx.saved_tensors[0]
         ones = z.new_ones(z.shape[0], dtype=accumulation_dtype(z.dtype))
-        options = (ctx.potential, ctx.spec, ctx.needs_grad)
+        options: Any = (ctx.potential, ctx.spec, ctx.needs_grad)
         gradient = _gradient(ones, *ctx.saved_tensors, *options)
         return (gradient * z_tangent).flatten(1).sum(1, dtype=ones.dtype), None
 
-    vmap = staticmethod(_over_joined_images(lambda *arguments: _WeightedSum.apply(*arguments)))
+    vmap = staticmethod(
+        _over_joined_images(lambda *arguments: _TransformedWeightedSum.apply(*arguments))
+    )
 
 
-class _ClassSums(_Function):
-    """The sums of probabilities."""
+class _ClassSums(torch.autograd.Function):
+    """The sums of probabilities, for eager calls."""
 
     @staticmethod
-    def forward(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
-        kernels = None if _is_traced(z) else kernels_for(z)
-        sums: Tensor = (
-            kernels.class_sums(z, valid, spec)
-            if kernels
-            else OPERATORS.class_sums(z, valid, *spec_numbers(spec))
-        )
+    def forward(ctx: Any, z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
+        kernels: Any = kernels_for(z)
+        ctx.spec = spec
+        ctx.save_for_backward(z, valid)
+        sums: Tensor = kernels.class_sums(z, valid, spec)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, sums_grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, valid = ctx.saved_tensors
+        ones = sums_grad.new_ones(z.shape[0])
+        arguments = (ones, z, sums_grad, None, valid, None, Linear(), ctx.spec, False)
+        return _gradient(*arguments), None, None
+
+
+class _TransformedClassSums(_ClassSums):
+    """The sums of probabilities, for function transforms."""
+
+    @staticmethod
+    def forward(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:  # type: ignore[override]
+        sums: Tensor = OPERATORS.class_sums(z, valid, *spec_numbers(spec))
         return sums
 
     @staticmethod
@@ -352,36 +370,54 @@ class _ClassSums(_Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, sums_grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, valid = ctx.saved_tensors
-        ones = sums_grad.new_ones(len(z))
-        no_grad = z.new_empty((len(z), 0))
-        arguments = (ones, z, sums_grad, None, valid, no_grad, Linear(), ctx.spec, False)
-        return _gradient(*arguments), None, None
-
-    @staticmethod
     def jvp(ctx: Any, z_tangent: Tensor, *_: Any) -> Tensor:
         z, valid = ctx.saved_tensors
         formula = lambda z: plain.class_sums(z, valid, ctx.spec)  # noqa: E731
         sums, backward = torch.func.vjp(formula, z)[:2]
-        # The derivative of backward, which is linear: forward mode cannot nest.
+        # The transpose of backward, which is linear; forward mode cannot nest.
         transposed = torch.func.vjp(lambda grad: backward(grad)[0], torch.zeros_like(sums))[1]
         tangent: Tensor = transposed(z_tangent)[0]
         return tangent
 
-    vmap = staticmethod(_over_joined_images(lambda *arguments: _ClassSums.apply(*arguments)))
+    vmap = staticmethod(
+        _over_joined_images(lambda *arguments: _TransformedClassSums.apply(*arguments))
+    )
 
 
-def _gradient(sums_grad: Tensor, z: Tensor, weights: Tensor, *rest: Any) -> Tensor:
-    """The gradient by z, differentiable where somebody may differentiate it."""
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _is_traced(sums_grad, z):
-        gradient: Tensor = _Gradient.apply(sums_grad, z, weights, *rest)
-        return gradient
-    return _Gradient.forward(sums_grad, z, weights, *rest)
+def _gradient(
+    sums_grad: Tensor,
+    z: Tensor,
+    weights: Tensor,
+    y: Tensor | None,
+    valid: Tensor | None,
+    grad: Tensor | None,
+    potential: Potential,
+    spec: LogitsSpec,
+    needs_grad: bool,
+) -> Tensor:
+    """The gradient with respect to z, which is differentiable if the caller may need that.
+
+    sums_grad: the upstream gradient, for each image or for all. grad: the gradient for an upstream
+    gradient of 1, if the forward pass computed it (needs_grad).
+    """
+    gradient: Tensor
+    if torch.is_grad_enabled() or _is_transformed(sums_grad):
+        sums_grad, options = sums_grad.expand(z.shape[0]), (potential, spec, needs_grad)
+        gradient = _Gradient.apply(sums_grad, z, weights, y, valid, grad, *options)
+    elif needs_grad:
+        assert grad is not None
+        gradient = _scale_grad(grad, sums_grad, z)
+    else:
+        kernels = kernels_for(z) or plain
+        weights = weights * (sums_grad.unsqueeze(1) if sums_grad.dim() else sums_grad)
+        _, gradient = kernels.weighted_sum(z, weights, y, valid, potential, spec, True)
+        if gradient.dtype != z.dtype:
+            gradient = gradient.to(z.dtype)
+    return gradient
 
 
-class _Gradient(_Function):
-    """The gradient of the sums by z; its own derivatives are those of the plain formula."""
+class _Gradient(torch.autograd.Function):
+    """The differentiable `_gradient`; its derivatives are those of the plain formula."""
 
     @staticmethod
     def forward(
@@ -390,24 +426,19 @@ class _Gradient(_Function):
         weights: Tensor,
         y: Tensor | None,
         valid: Tensor | None,
-        grad: Tensor,
+        grad: Tensor | None,
         potential: Potential,
         spec: LogitsSpec,
         needs_grad: bool,
     ) -> Tensor:
-        """grad: that of an upstream gradient of ones, if the sums came with it (needs_grad)."""
-        traced = _is_traced(sums_grad, z)
+        gradient: Tensor
         if needs_grad:
-            scale_grad = OPERATORS.scale_grad if traced else _scale_grad
-            gradient: Tensor = scale_grad(grad, sums_grad, z)
-            return gradient
-        weights = weights * sums_grad.unsqueeze(1)
-        if traced:
-            numbers = (*spec_numbers(spec), *numbers_of(potential))
-            _, gradient = OPERATORS.weighted_sum(z, weights, y, valid, *numbers, True)
+            gradient = OPERATORS.scale_grad(grad, sums_grad, z)
         else:
-            _, gradient = _sums_and_grad(z, weights, y, valid, potential, spec, True)
-        return gradient.to(z.dtype)
+            weights, numbers = weights * sums_grad.unsqueeze(1), numbers_of(potential)
+            arguments = (z, weights, y, valid, *spec_numbers(spec), *numbers, True)
+            gradient = OPERATORS.weighted_sum(*arguments)[1].to(z.dtype)
+        return gradient
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -452,22 +483,22 @@ class _Gradient(_Function):
     vmap = staticmethod(_over_joined_images(lambda *arguments: _Gradient.apply(*arguments)))
 
 
-# Of the operators themselves, as compiled and exported programs call them: first derivatives alone.
+# Compiled and exported programs call the operators themselves, which have first derivatives only.
 
 
 def _setup_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors, spec, (*potential, needs_grad) = inputs[:4], inputs[4:8], inputs[8:]
     typed = (*tensors, potential_of(*potential), spec_of(*spec), needs_grad)
-    _WeightedSum.setup_context(ctx, typed, output)
+    _TransformedWeightedSum.setup_context(ctx, typed, output)
 
 
 def _setup_class_sums(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _ClassSums.setup_context(ctx, (*inputs[:2], spec_of(*inputs[2:])), output)
+    _TransformedClassSums.setup_context(ctx, (*inputs[:2], spec_of(*inputs[2:])), output)
 
 
 torch.library.register_autograd(
     "maxsquare::weighted_sum",
-    lambda ctx, *grads: (_WeightedSum.backward(ctx, *grads)[0], *[None] * 11),
+    lambda ctx, *grads: (_TransformedWeightedSum.backward(ctx, *grads)[0], *[None] * 11),
     setup_context=_setup_weighted_sum,
 )
 torch.library.register_autograd(
@@ -480,9 +511,21 @@ torch.library.register_autograd(
 # Calls --------------------------------------------------------------------------------------------
 
 
-def prepare(z: Tensor, spec: LogitsSpec) -> Tensor:
-    """Logits, upsampled once for all steps of a loss where no kernel upsamples them."""
-    return z if supports_operator(z, spec) else plain.upsampled(z, spec)
+def prepare(z: Tensor, spec: LogitsSpec) -> tuple[Tensor, LogitsSpec]:
+    """Logits and their spec; logits without kernels are upsampled here, once for all steps."""
+    if not spec.from_logits or (spec.size is not None and len(spec.size) != 2):
+        has_kernels = False
+    elif torch.compiler.is_compiling():
+        # Within a compiled transform, the compiler would drop an operator's derivatives.
+        ordinary = not torch._C._are_functorch_transforms_active()
+        has_kernels = ordinary and _has_kernels(z.device, z.dtype)
+    else:
+        ordinary = type(z).__torch_dispatch__ is Tensor.__torch_dispatch__
+        has_kernels = ordinary and kernels_for(z) is not None
+    if has_kernels:
+        return z, spec
+    how = (spec.size, spec.align_corners, spec.binary, spec.from_logits)
+    return plain.upsampled(z, spec), LogitsSpec(*how, has_kernels=False)
 
 
 def classify(
@@ -496,13 +539,13 @@ def classify(
 ) -> tuple[Tensor, Tensor]:
     """`plain.classify` by the fastest path."""
     tensors = (z.detach(), None if guide is None else guide.detach(), labels, valid)
-    if not supports_operator(z, spec):
+    if not spec.has_kernels:
         return plain.classify(*tensors, spec, threshold, ignore_index)
-    given = [tensor for tensor in tensors if tensor is not None]
-    if not torch.compiler.is_compiling() and not _is_traced(*given):
-        kernels = kernels_for(z) or plain
-        return kernels.classify(*tensors, spec, threshold, ignore_index)  # type: ignore[no-any-return]
-    y, counts = OPERATORS.classify(*tensors, *spec_numbers(spec), threshold, ignore_index)
+    if torch.compiler.is_compiling() or _is_transformed(z):
+        y, counts = OPERATORS.classify(*tensors, *spec_numbers(spec), threshold, ignore_index)
+    else:
+        kernels: Any = kernels_for(z)
+        y, counts = kernels.classify(*tensors, spec, threshold, ignore_index)
     return y, counts
 
 
@@ -514,24 +557,29 @@ def weighted_sum(
     potential: Potential,
     spec: LogitsSpec,
 ) -> Tensor:
-    """`plain.weighted_sum` by the fastest path, without its gradient."""
-    if not supports_operator(z, spec):
-        return plain.weighted_sum(z, weights, y, valid, potential, spec)[0]
+    """The sum of `plain.weighted_sum` over images, by the fastest path, without its gradient."""
+    if not spec.has_kernels:
+        return plain.weighted_sum(z, weights, y, valid, potential, spec)[0].sum()
     needs_grad = spec.size is not None and torch.is_grad_enabled() and z.requires_grad
+    total: Tensor
     if torch.compiler.is_compiling():
         numbers = (*spec_numbers(spec), *numbers_of(potential), needs_grad)
-        sums: Tensor = OPERATORS.weighted_sum(z, weights, y, valid, *numbers)[0]
+        total = OPERATORS.weighted_sum(z, weights, y, valid, *numbers)[0].sum()
+    elif _is_transformed(z):
+        arguments = (z, weights, y, valid, potential, spec, needs_grad)
+        total = _TransformedWeightedSum.apply(*arguments)[0].sum()
     else:
-        sums = _WeightedSum.apply(z, weights, y, valid, potential, spec, needs_grad)[0]
-    return sums
+        total = _WeightedSum.apply(z, weights, y, valid, potential, spec, needs_grad)
+    return total
 
 
 def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
     """`plain.class_sums` by the fastest path."""
-    if not supports_operator(z, spec):
+    if not spec.has_kernels:
         return plain.class_sums(z, valid, spec)
     if torch.compiler.is_compiling():
         sums: Tensor = OPERATORS.class_sums(z, valid, *spec_numbers(spec))
     else:
-        sums = _ClassSums.apply(z, valid, spec)
+        function = _TransformedClassSums if _is_transformed(z) else _ClassSums
+        sums = function.apply(z, valid, spec)
     return sums

@@ -1,7 +1,7 @@
 """The plain formula: readable, differentiable PyTorch, and the specification of the kernels.
 
 Logits z are (N, K, *spatial). The class y of a pixel is -1 if the pixel does not count, and C,
-the number of classes, if none is defined for it: its loss is then NaN, not hidden.
+the number of classes, if its class is undefined: its loss is then NaN, to make the error visible.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from torch import Tensor
 
 from maxsquare.potentials import CrossEntropy, Linear, Potential, Probabilities
 
-# Stands for -inf, a class that is masked out, where logits are interpolated: 0 times -inf is NaN.
+# Replaces -inf, the logit of a masked class, before interpolation: 0 times -inf is NaN.
 LOWEST_LOGIT = -1e30
 
 
 @dataclass(frozen=True)
 class LogitsSpec:
-    """How logits are read.
+    """How to read logits.
 
-    size: upsampled linearly along each spatial dimension, or as they are. align_corners: as in
-    `F.interpolate`. binary: a single channel, two classes with logits (z, 0). from_logits: False
-    if the input holds probabilities.
+    size: one length for each spatial dimension, to which they are upsampled linearly, or None.
+    align_corners: as in `F.interpolate`. binary: the only channel z stands for two classes with
+    logits (z, 0). from_logits: False if the input holds probabilities. has_kernels: False if no
+    kernel takes them.
     """
 
     size: tuple[int, ...] | None = None
     align_corners: bool = False
     binary: bool = False
     from_logits: bool = True
+    has_kernels: bool = True
 
     def classes(self, z: Tensor) -> int:
         return 2 if self.binary else z.shape[1]
@@ -41,12 +43,12 @@ class LogitsSpec:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which logits of a dtype are computed, and their loss is returned."""
+    """The dtype in which a loss of such logits is computed and returned."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def index_dtype(classes: int) -> torch.dtype:
-    """The narrowest dtype that holds -1 to C, because maps of classes are large."""
+    """The narrowest dtype that holds -1 to C, because class maps are large."""
     return torch.int8 if classes < 128 else torch.int32
 
 
@@ -61,9 +63,10 @@ def classify(
 ) -> tuple[Tensor, Tensor]:
     """The class y of every pixel, (N, *spatial), and the counts of 0..C in every image, (N, C + 1).
 
-    The most probable class, the first of equals. With a threshold, -1 where it is not above it;
-    with a guide too, the class of the larger mean probability, and -1 where neither head is above
-    it. With labels, these. -1 where not valid.
+    y is the most probable class, and the first of several equal ones. With a threshold, y is -1
+    where the probability does not exceed it; with a guide too, y is the class of the largest mean
+    probability of both heads, and -1 where neither exceeds the threshold. With labels, y is the
+    label. y is -1 where a pixel is not valid.
     """
     classes = spec.classes(z)
     if labels is not None:
@@ -94,7 +97,7 @@ def labelled(labels: Tensor, valid: Tensor | None, classes: int, ignore_index: i
     counted = (y != -1) & (y != ignore_index)
     counted = counted if valid is None else counted & valid
     y = torch.where(counted, torch.where(known, y, classes), -1)
-    # Labels of any layout: a map of classes is read in the order of its pixels.
+    # Labels may have any layout, but kernels read class maps in the order of the pixels.
     return y.to(index_dtype(classes)).contiguous()
 
 
@@ -112,7 +115,7 @@ def weighted_terms(
     if y is not None:
         y = y.long()
         counted = y >= 0 if valid is None else (y >= 0) & valid
-    # Whatever stands at a pixel that does not count, NaN included, must reach nothing.
+    # A pixel that does not count must affect nothing, even if it holds NaN.
     if counted is not None:
         z = torch.where(counted.unsqueeze(1), z, 0)
     probabilities = Probabilities(z, spec.from_logits)
@@ -145,8 +148,8 @@ def weighted_sum(
 ) -> tuple[Tensor, Tensor | None]:
     """The sum of `weighted_terms` over the pixels of every image, (N,), and its gradient by z.
 
-    The gradient is None if not needed. It has z's dtype at full resolution, and that of the
-    accumulation where upsampled.
+    The gradient is None if it is not needed. It has the dtype of z at full resolution, and the
+    accumulation dtype if z is upsampled.
     """
 
     def sums_of(z: Tensor) -> Tensor:
