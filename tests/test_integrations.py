@@ -182,7 +182,7 @@ def mmseg_loss() -> ModuleType:
         try:
             importlib.import_module("mmseg.models")
         except (ImportError, AssertionError) as error:  # its versions of mmcv are asserted
-            pytest.skip(f"needs mmsegmentation: .[integrations] ({error})")
+            pytest.skip(f"needs mmsegmentation: .[mmsegmentation] ({error})")
         return importlib.import_module("integrations.mmseg_loss")
 
 
