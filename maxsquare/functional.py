@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,8 +165,16 @@ def pseudo_label_loss(
 ) -> Tensor:
     """Cross entropy against the confident prediction itself, as in `maxsquare.PseudoLabelLoss`."""
     check_image_wise(labels, None)
-    check_options(reduction=reduction, threshold=threshold)
-    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    z, valid, spec = _prepare(
+        logits,
+        size,
+        align_corners,
+        valid,
+        activation,
+        from_logits,
+        reduction=reduction,
+        threshold=threshold,
+    )
     y, counts = engine.classify(z, None, None, valid, spec, float(threshold))
     return _label_loss(logits, z, y, counts, reduction, spec)
 
@@ -194,8 +203,16 @@ def guidance_labels(
         >>> guidance_labels(logits, low_logits)  # the second pixel is unsure
         tensor([[ 0, -1]])
     """
-    check_options(threshold=threshold, ignore_index=ignore_index)
-    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    z, valid, spec = _prepare(
+        logits,
+        size,
+        align_corners,
+        valid,
+        activation,
+        from_logits,
+        threshold=threshold,
+        ignore_index=ignore_index,
+    )
     (low_logits,) = check_heads([low_logits], logits, resized=size is not None)
     warn_at_first_call("low_logits", [low_logits], activation, from_logits)
     low, low_spec = _images(low_logits, spec)
@@ -219,8 +236,16 @@ def guidance_loss(
     from_logits: bool = True,
 ) -> Tensor:
     """Cross entropy against the averaged prediction, as in `maxsquare.MultiLevelGuidance`."""
-    check_options(reduction=reduction, threshold=threshold)
-    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    z, valid, spec = _prepare(
+        logits,
+        size,
+        align_corners,
+        valid,
+        activation,
+        from_logits,
+        reduction=reduction,
+        threshold=threshold,
+    )
     heads = check_heads(low_logits, logits, resized=size is not None)
     warn_at_first_call("low_logits", heads, activation, from_logits)
     losses = []
@@ -279,8 +304,15 @@ def cross_entropy(
 
     Source: the supervised term of M. Chen et al., ICCV 2019, as in every segmentation network.
     """
-    check_options(reduction=reduction, ignore_index=ignore_index)
-    z, valid, spec = _prepare(logits, size, align_corners, valid, activation)
+    z, valid, spec = _prepare(
+        logits,
+        size,
+        align_corners,
+        valid,
+        activation,
+        reduction=reduction,
+        ignore_index=ignore_index,
+    )
     check_labels(labels)
     check_map("labels", labels, logits, spec.spatial(z), overlapping=spec.binary)
     y, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
@@ -314,8 +346,9 @@ def image_weights(
         tensor([[1., 1.]])
     """
     check_number("ratio", ratio)
-    check_options(ignore_index=ignore_index)
-    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    z, valid, spec = _prepare(
+        logits, size, align_corners, valid, activation, from_logits, ignore_index=ignore_index
+    )
     y, counts = engine.classify(z, None, None, valid, spec)
     if labels is not None:
         counts = _label_counts(labels, logits, z, valid, ignore_index, spec)
@@ -371,8 +404,17 @@ def teacher_loss(
     from_logits: bool = True,
 ) -> Tensor:
     """Cross entropy against the classes of a confident teacher, as in `maxsquare.TeacherLoss`."""
-    check_options(reduction=reduction, threshold=threshold, average=average)
-    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    z, valid, spec = _prepare(
+        logits,
+        size,
+        align_corners,
+        valid,
+        activation,
+        from_logits,
+        reduction=reduction,
+        threshold=threshold,
+        average=average,
+    )
     check_teacher(teacher_logits, logits, resized=size is not None)
     warn_at_first_call("teacher_logits", [teacher_logits], activation, from_logits)
     teacher, teacher_spec = _images(teacher_logits, spec)
@@ -515,8 +557,18 @@ def _tsallis_loss(
     from_logits: bool,
 ) -> Tensor:
     """A Tsallis entropy, plain or image-wise, times its factor."""
-    check_options(ratio=ratio, reduction=reduction, scale=scale, ignore_index=ignore_index)
-    z, valid, spec = _prepare(logits, size, align_corners, valid, activation, from_logits)
+    z, valid, spec = _prepare(
+        logits,
+        size,
+        align_corners,
+        valid,
+        activation,
+        from_logits,
+        ratio=ratio,
+        reduction=reduction,
+        scale=scale,
+        ignore_index=ignore_index,
+    )
     if labels is not None:
         check_image_wise(labels, ratio)
     multiple, y = scale_factor(scale, spec.classes(z), factor, reference_factor), None
@@ -565,9 +617,11 @@ def _prepare(
     valid: Tensor | None,
     activation: Activation = "softmax",
     from_logits: bool = True,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None, LogitsSpec]:
-    """Check the arguments of all losses; return logits and mask as images, and the spec."""
-    check_options(activation=activation, from_logits=from_logits, align_corners=align_corners)
+    """Check options and input; return logits and mask as images, and the spec."""
+    how = {"activation": activation, "from_logits": from_logits, "align_corners": align_corners}
+    check_options(**options, **how)
     check_logits("logits", logits, activation)
     binary = activation == "sigmoid"
     warn_at_first_call("logits", [logits], activation, from_logits)

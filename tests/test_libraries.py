@@ -302,7 +302,7 @@ def installed_compilers() -> Iterator[Any]:
         yield pytest.param(command, id="ziglang", marks=pytest.mark.stress)
 
 
-@pytest.mark.parametrize("command", installed_compilers())
+@pytest.mark.parametrize("command", [*installed_compilers()])
 def test_every_compiler_makes_kernels_that_load_and_compute(
     cache: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
