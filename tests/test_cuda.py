@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -456,6 +457,46 @@ def test_what_is_not_finite_shows(bad: float, size: Any) -> None:
             assert sums.isnan().tolist() == [True, False]
             assert grad[0].isnan().any() and not grad[1].isnan().any()
     assert cuda.class_sums(z, None, spec).isnan().any(1).tolist() == [True, False]
+
+
+# They arrange memory, and launch nothing.
+NO_LAUNCH = re.compile(
+    "aten::(empty|new_empty|view|as_strided|expand|squeeze|unsqueeze|detach|set_|to$)"
+)
+LAUNCH = re.compile("aten::(sum|mul|div|add|fill_|copy_|pow|where|clamp)")
+
+
+def launches(events: Any) -> int:
+    """How many kernels these operations of PyTorch launch, by their names."""
+    count = 0
+    for event in events:
+        if LAUNCH.match(event.name):
+            count += 1
+        elif event.cpu_children:
+            count += launches(event.cpu_children)
+        elif event.name.startswith("aten::"):
+            assert NO_LAUNCH.match(event.name), event.name
+    return count
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("size", [None, (32, 64)], ids=["as is", "upsampled"])
+def test_a_step_launches_at_most_six_kernels(
+    size: Any, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value and gradient of the plain loss, that of the upstream gradient of 1 included."""
+    ours: list[Any] = []
+    monkeypatch.setattr(operators, "kernels_for", lambda z: cuda)
+    monkeypatch.setattr(cuda, "run", lambda z, kernel, *_, **__: ours.append(kernel))
+    loss, z = loss_named("max_square").make(), logits(images, 3, 8, 16).requires_grad_()
+    for _ in range(2):  # the first call reads the logits for a warning
+        ours.clear()
+        z.grad = None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss(z, size=size).backward()
+    roots = [event for event in profile.events() if event.cpu_parent is None]
+    assert len(ours) == 2
+    assert len(ours) + launches(roots) <= 6
 
 
 def test_memory_beyond_the_inputs_of_upsampled_logits(monkeypatch: pytest.MonkeyPatch) -> None:

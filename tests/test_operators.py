@@ -73,6 +73,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return SimpleNamespace(
             classify=noting(kernels.classify, lambda arguments: ("classify",)),
             weighted_sum=noting(kernels.weighted_sum, lambda arguments: ("sum", arguments[-1])),
+            weighted_parts=noting(kernels.weighted_parts, lambda arguments: ("sum", arguments[-1])),
         )
 
     monkeypatch.setattr(operators, "kernels_for", recording)

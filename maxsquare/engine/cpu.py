@@ -107,6 +107,9 @@ def weighted_sum(
     return sums, grad
 
 
+weighted_parts = weighted_sum  # of one part
+
+
 def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
     """`plain.class_sums`."""
     classes = spec.classes(z)

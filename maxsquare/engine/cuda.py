@@ -916,6 +916,20 @@ def weighted_sum(
     needs_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`plain.weighted_sum`."""
+    parts, grad = weighted_parts(z, weights, y, valid, potential, spec, needs_grad)
+    return parts.sum(1), grad
+
+
+def weighted_parts(
+    z: Tensor,
+    weights: Tensor,
+    y: Tensor | None,
+    valid: Tensor | None,
+    potential: Potential,
+    spec: LogitsSpec,
+    needs_grad: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The sums of each image in parts (N, P), which save whoever wants their total a launch."""
     options: dict[str, Any] = {"kind": potential.kind()}
     if isinstance(potential, Tsallis):
         options |= {"q": float(potential.q), "constant": potential.shift() + potential.offset}
@@ -939,7 +953,7 @@ def weighted_sum(
         *(*(n for head in heads for n in head), *maps, sums, *launch.geometry),
         chunks=launch.chunks if needs_grad else 1,
     )
-    return sums.sum(1), grad
+    return sums, grad
 
 
 def _sum_upsampled(
@@ -969,8 +983,8 @@ def _sum_upsampled(
         chunks=launch.chunks if needs_grad else 1,
     )
     if grad is None or not len(z):
-        return partial.sum(1), grad
-    sums = partial.new_empty(len(z))
+        return partial, grad
+    sums = partial.new_empty((len(z), 1))
     blocks = triton.cdiv(rows * columns, ADDED)
     arguments = (*launch.heads[0], partial, sums, *buffers, grad, *sizes, len(z), rows, columns)
     grid = (len(z) * (1 + z.shape[1] * blocks),)

@@ -276,10 +276,10 @@ class _WeightedSum(torch.autograd.Function):
         needs_grad: bool,
     ) -> Tensor:
         kernels: Any = kernels_for(z)
-        sums, grad = kernels.weighted_sum(z, weights, y, valid, potential, spec, needs_grad)
+        parts, grad = kernels.weighted_parts(z, weights, y, valid, potential, spec, needs_grad)
         ctx.potential, ctx.spec, ctx.needs_grad = potential, spec, needs_grad
         ctx.save_for_backward(z, weights, y, valid, grad)
-        total: Tensor = sums.squeeze(0) if len(sums) == 1 else sums.sum()
+        total: Tensor = parts.view(()) if parts.numel() == 1 else parts.sum()
         return total
 
     @staticmethod
@@ -410,7 +410,7 @@ def _gradient(
     else:
         kernels = kernels_for(z) or plain
         weights = weights * (sums_grad.unsqueeze(1) if sums_grad.dim() else sums_grad)
-        _, gradient = kernels.weighted_sum(z, weights, y, valid, potential, spec, True)
+        _, gradient = kernels.weighted_parts(z, weights, y, valid, potential, spec, True)
         if gradient.dtype != z.dtype:
             gradient = gradient.to(z.dtype)
     return gradient

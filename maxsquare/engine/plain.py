@@ -164,6 +164,9 @@ def weighted_sum(
     return sums, grad.to(z.dtype) if spec.size is None else grad
 
 
+weighted_parts = weighted_sum  # of one part, where kernels may leave several to be added
+
+
 def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
     """The sum of p_c over the pixels of every image, (N, C)."""
     z = full_resolution(z, spec)
