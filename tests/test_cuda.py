@@ -459,6 +459,22 @@ def test_what_is_not_finite_shows(bad: float, size: Any) -> None:
     assert cuda.class_sums(z, None, spec).isnan().any(1).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("upsampled", [False, True])
+def test_images_of_varying_size_share_few_compilations(upsampled: bool) -> None:
+    """Of a kernel's arguments Triton specialises the config alone (`do_not_specialize`)."""
+    generator = torch.Generator().manual_seed(0)
+    configs = set()
+    for height, width in torch.randint(200, 1200, (100, 2), generator=generator).tolist():
+        if upsampled:
+            z, size = torch.empty(1, 19, 1 + height // 8, 1 + width // 8), (height, width)
+        else:
+            z, size = torch.empty(1, 19, height, width, device="meta"), None
+        launch = cuda.Launch(z, LogitsSpec(size, align_corners=True), [])
+        configs.add((launch.config, *launch.options.items()))
+    # At full resolution: the widths of vectors, 1, 2, 4, and 8.
+    assert len(configs) <= (4 if not upsampled else 3), configs
+
+
 # They arrange memory, and launch nothing.
 NO_LAUNCH = re.compile(
     "aten::(empty|new_empty|view|as_strided|expand|squeeze|unsqueeze|detach|set_|to$)"
