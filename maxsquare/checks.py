@@ -216,6 +216,21 @@ def check_prior(prior: Sequence[float] | Tensor | None, activation: str) -> Tens
     return tau
 
 
+def check_weight(weight: Tensor, logits: Tensor, activation: str) -> None:
+    """The weight of the labelled pixels of each class, (C,)."""
+    _tensor("weight", weight)
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"weight must be floating point, not {weight.dtype}: write weight.float()")
+    if activation == "sigmoid":
+        raise ValueError("weight must be None with activation='sigmoid', where channels overlap")
+    if tuple(weight.shape) != (logits.shape[1],):
+        raise ValueError(
+            f"weight must have a number for each class, ({logits.shape[1]},), not "
+            f"{tuple(weight.shape)}"
+        )
+    _same_device("weight", weight, logits)
+
+
 def check_map(
     name: str,
     pixels: Tensor,

@@ -30,6 +30,7 @@ from maxsquare.checks import (
     check_options,
     check_size,
     check_teacher,
+    check_weight,
     warn_at_first_call,
     warn_of_uncounted,
 )
@@ -263,6 +264,7 @@ def cross_entropy(
     size: Size = None,
     align_corners: bool = False,
     valid: Tensor | None = None,
+    weight: Tensor | None = None,
     ignore_index: int = -1,
     reduction: Reduction = "mean",
     activation: Activation = "softmax",
@@ -282,6 +284,8 @@ def cross_entropy(
         size: one int for each spatial dimension, to which the logits are upsampled linearly first.
         align_corners: as in `torch.nn.functional.interpolate`; DeepLabv2 needs True.
         valid: bool, of the shape of `labels`; the pixels that count.
+        weight: (C,), floating point, the weight of the pixels labelled as each class; None: 1. The
+            mean divides by the sum of the weights of the pixels that count, as PyTorch's does.
         ignore_index: a further label that does not count.
         reduction: "mean" over the pixels that count (for several processes see README.md), "sum",
             or "none".
@@ -318,7 +322,15 @@ def cross_entropy(
     y, counts = _label_classes(labels, logits, z, valid, ignore_index, spec)
     classes = max(logits.shape[1], 2)
     check_classes(labels, counts[..., -1], classes, ignore_index)
-    return _label_loss(logits, z, y, counts, reduction, spec)
+    if weight is None:
+        return _label_loss(logits, z, y, counts, reduction, spec)
+    check_weight(weight, logits, activation)
+    weights = weight.detach().to(engine.accumulation_dtype(z.dtype)).repeat(z.shape[0], 1)
+    if reduction == "mean":
+        total = (counts[:, :-1] * weights).sum()
+        # If no pixel counts, the loss is 0 / 1, as without weights.
+        weights = weights / torch.where(total > 0, total, 1)
+    return _reduce(logits, z, weights, y, None, CrossEntropy(), reduction, spec)
 
 
 def image_weights(

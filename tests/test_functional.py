@@ -241,6 +241,76 @@ def test_cross_entropy_at_size_is_upsampling_and_then_cross_entropy(
     assert_close(gradients[0], expected_gradients[0])
 
 
+@given(batches(), st.sampled_from(["mean", "sum", "none"]))
+def test_cross_entropy_with_weights_of_classes_equals_that_of_torch(
+    batch: Batch, reduction: str
+) -> None:
+    """The mean included, which divides by the weights of the pixels; a weight may be 0."""
+    labels, classes = batch.labels, batch.logits.shape[1]
+    kept = labels >= 0
+    if batch.valid is not None:
+        kept = kept & batch.valid
+    weight = torch.linspace(0, 2, classes, dtype=batch.logits.dtype)
+    upstream = torch.linspace(0.5, 2, labels.numel()).view_as(labels)
+    upstream = upstream if reduction == "none" else torch.tensor(2.0)
+    value, (gradient,) = value_and_gradient(
+        lambda z: functional.cross_entropy(
+            z, labels, valid=batch.valid, weight=weight, reduction=reduction
+        ),
+        (batch.logits,),
+        upstream,
+    )
+    if reduction == "mean" and not weight[labels[kept].long()].any():
+        assert value == 0
+        assert not gradient.any()
+        return
+    reference = labels.where(kept, -100).long()
+    expected, (expected_gradient,) = value_and_gradient(
+        lambda z: F.cross_entropy(z, reference, weight, reduction=reduction),
+        (batch.logits,),
+        upstream,
+    )
+    assert_close(value, expected)
+    assert_close(gradient, expected_gradient)
+
+
+def test_cross_entropy_with_weights_upsamples_compiles_and_differentiates_twice() -> None:
+    inputs, labels = (random_logits((2, 4, 5, 6)).double(),), random_labels((2, 4, 17, 23))
+    weight = torch.tensor([0.5, 1, 2, 0], dtype=torch.float64)
+
+    def loss(z: Tensor) -> Tensor:
+        return functional.cross_entropy(z, labels, size=(17, 23), weight=weight)
+
+    expected, expected_gradients = value_and_gradient(
+        lambda z: F.cross_entropy(resize(z, (17, 23), False), labels, weight, ignore_index=-1),
+        inputs,
+    )
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    for call in (loss, compiled):
+        value, gradients = value_and_gradient(call, inputs)
+        assert_close(value, expected)
+        assert_close(gradients[0], expected_gradients[0])
+    assert torch.autograd.gradgradcheck(loss, (inputs[0].requires_grad_(),))
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "said"),
+    [
+        ([1.0, 1, 1, 1], TypeError, "weight must be a tensor, not list"),
+        (torch.ones(4, dtype=torch.int64), TypeError, "floating point, not torch.int64"),
+        (torch.ones(3), ValueError, r"\(4,\), not \(3,\)"),
+        (torch.ones(4, 1), ValueError, r"\(4,\), not \(4, 1\)"),
+        (torch.ones(4, device="meta"), ValueError, "on cpu like logits, not on meta"),
+    ],
+)
+def test_cross_entropy_names_a_weight_that_is_none(weight: Any, error: Any, said: str) -> None:
+    logits, labels = random_logits((2, 4, 5, 6)), random_labels((2, 4, 5, 6))
+    with pytest.raises(error, match=said):
+        functional.cross_entropy(logits, labels, weight=weight)
+    with pytest.raises(ValueError, match="weight must be None with activation='sigmoid'"):
+        functional.cross_entropy(logits, labels, weight=torch.ones(4), activation="sigmoid")
+
+
 @pytest.mark.parametrize("outside", [-2, 4, 255])
 def test_cross_entropy_names_a_label_that_is_no_class(outside: int) -> None:
     logits, labels = random_logits((2, 4, 5, 6)), random_labels((2, 4, 5, 6))
