@@ -54,6 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def stress_budget(request: pytest.FixtureRequest) -> Callable[[float], float]:
-    """The share that `--stress` grants of a usual amount (of seconds, of examples, of kills)."""
+    """The share that `--stress` grants of a usual amount (of seconds, of examples, of kills).
+
+    It is at least 1, as a test of nothing would pass.
+    """
     factor = request.config.getoption("--stress")
-    return lambda usual: usual * factor
+    return lambda usual: max(usual * factor, 1)
