@@ -59,7 +59,7 @@ CONTROL = "source"  # the method
 STATISTICS = "target-statistics"
 # The files of TensorBoard's log.
 LOGS = "events.out.tfevents.*"
-# Of a class in a prior.
+# No class has a smaller share in a prior.
 SMALLEST_SHARE = 1e-4
 # Number of target training images from which BatchNorm statistics are taken.
 STATISTICS_IMAGES = 60

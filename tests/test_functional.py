@@ -194,30 +194,43 @@ def test_guidance_labels_are_those_of_the_guidance_loss() -> None:
 # --------------------------------------------------------------------------------------------
 
 
-@given(batches(), st.sampled_from(["mean", "sum", "none"]), st.sampled_from([-1, 0, 255]))
+@given(
+    batches(),
+    st.sampled_from(["mean", "sum", "none"]),
+    st.sampled_from([-1, 0, 255]),
+    st.booleans(),
+)
 def test_cross_entropy_equals_that_of_torch(
-    batch: Batch, reduction: str, ignore_index: int
+    batch: Batch, reduction: str, ignore_index: int, weighted: bool
 ) -> None:
-    labels = batch.labels
+    """With weights of classes too, one of them 0: the mean divides by the weights of the pixels."""
+    labels, classes = batch.labels, batch.logits.shape[1]
     kept = (labels >= 0) & (labels != ignore_index)
     if batch.valid is not None:
         kept = kept & batch.valid
-    reference = labels.where(kept, -100)
+    weight = torch.linspace(0, 2, classes, dtype=batch.logits.dtype) if weighted else None
     upstream = torch.linspace(0.5, 2, labels.numel()).view_as(labels)
     upstream = upstream if reduction == "none" else torch.tensor(2.0)
     value, (gradient,) = value_and_gradient(
         lambda z: functional.cross_entropy(
-            z, labels, valid=batch.valid, ignore_index=ignore_index, reduction=reduction
+            *(z, labels),
+            valid=batch.valid,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
         ),
         (batch.logits,),
         upstream,
     )
-    if reduction == "mean" and not kept.any():
+    if reduction == "mean" and not (kept if weight is None else weight[labels[kept].long()]).any():
         assert value == 0
         assert not gradient.any()
         return
+    reference = labels.where(kept, -100).long()
     expected, (expected_gradient,) = value_and_gradient(
-        lambda z: F.cross_entropy(z, reference, reduction=reduction), (batch.logits,), upstream
+        lambda z: F.cross_entropy(z, reference, weight, reduction=reduction),
+        (batch.logits,),
+        upstream,
     )
     assert_close(value, expected)
     assert_close(gradient, expected_gradient)
@@ -239,39 +252,6 @@ def test_cross_entropy_at_size_is_upsampling_and_then_cross_entropy(
     )
     assert_close(value, expected)
     assert_close(gradients[0], expected_gradients[0])
-
-
-@given(batches(), st.sampled_from(["mean", "sum", "none"]))
-def test_cross_entropy_with_weights_of_classes_equals_that_of_torch(
-    batch: Batch, reduction: str
-) -> None:
-    """The mean included, which divides by the weights of the pixels; a weight may be 0."""
-    labels, classes = batch.labels, batch.logits.shape[1]
-    kept = labels >= 0
-    if batch.valid is not None:
-        kept = kept & batch.valid
-    weight = torch.linspace(0, 2, classes, dtype=batch.logits.dtype)
-    upstream = torch.linspace(0.5, 2, labels.numel()).view_as(labels)
-    upstream = upstream if reduction == "none" else torch.tensor(2.0)
-    value, (gradient,) = value_and_gradient(
-        lambda z: functional.cross_entropy(
-            z, labels, valid=batch.valid, weight=weight, reduction=reduction
-        ),
-        (batch.logits,),
-        upstream,
-    )
-    if reduction == "mean" and not weight[labels[kept].long()].any():
-        assert value == 0
-        assert not gradient.any()
-        return
-    reference = labels.where(kept, -100).long()
-    expected, (expected_gradient,) = value_and_gradient(
-        lambda z: F.cross_entropy(z, reference, weight, reduction=reduction),
-        (batch.logits,),
-        upstream,
-    )
-    assert_close(value, expected)
-    assert_close(gradient, expected_gradient)
 
 
 def test_cross_entropy_with_weights_upsamples_compiles_and_differentiates_twice() -> None:

@@ -107,7 +107,7 @@ def weighted_sum(
     return sums, grad
 
 
-weighted_parts = weighted_sum  # of one part
+weighted_parts = weighted_sum  # The sum of each image is one part.
 
 
 def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:

@@ -906,17 +906,9 @@ def classify(
     return y, counts.sum(1)
 
 
-def weighted_sum(
-    z: Tensor,
-    weights: Tensor,
-    y: Tensor | None,
-    valid: Tensor | None,
-    potential: Potential,
-    spec: LogitsSpec,
-    needs_grad: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+def weighted_sum(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     """`plain.weighted_sum`."""
-    parts, grad = weighted_parts(z, weights, y, valid, potential, spec, needs_grad)
+    parts, grad = weighted_parts(*arguments)
     return parts.sum(1), grad
 
 
@@ -929,7 +921,7 @@ def weighted_parts(
     spec: LogitsSpec,
     needs_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The sums of each image in parts (N, P), which save whoever wants their total a launch."""
+    """The sums of each image in parts (N, P): a caller who wants their total saves a launch."""
     options: dict[str, Any] = {"kind": potential.kind()}
     if isinstance(potential, Tsallis):
         options |= {"q": float(potential.q), "constant": potential.shift() + potential.offset}

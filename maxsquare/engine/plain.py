@@ -164,7 +164,8 @@ def weighted_sum(
     return sums, grad.to(z.dtype) if spec.size is None else grad
 
 
-weighted_parts = weighted_sum  # of one part, where kernels may leave several to be added
+# Kernels may leave the sum of each image in several parts; here it is one.
+weighted_parts = weighted_sum
 
 
 def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
