@@ -20,10 +20,14 @@ import pytest
 
 from maxsquare.engine import libraries
 
-pytestmark = pytest.mark.skipif(
-    not importlib.util.find_spec("ziglang") or not importlib.util.find_spec("hatchling"),
-    reason="needs ziglang and hatchling",
-)
+pytestmark = [
+    # To build wheels of every platform takes minutes.
+    pytest.mark.stress,
+    pytest.mark.skipif(
+        not importlib.util.find_spec("ziglang") or not importlib.util.find_spec("hatchling"),
+        reason="needs ziglang and hatchling",
+    ),
+]
 
 ROOT = Path(__file__).parents[1]
 EXPORTS = {
@@ -276,7 +280,6 @@ def results(command: list[str]) -> list[tuple[str, np.ndarray]]:
     return [(name, np.array(values, dtype=float)) for name, *values in lines]
 
 
-@pytest.mark.stress
 @pytest.mark.skipif(not runs_here("x86_64"), reason="compares with x86-64")
 @pytest.mark.parametrize("precision", ["single", "double"])
 @pytest.mark.parametrize(
