@@ -24,10 +24,14 @@ from scipy import stats
 from torch import Tensor
 
 import ablation
-from ablation import CRITERIA, FULL, METHODS, ROWS, SOURCE_ONLY, STATISTICS, Run
+import grid
+import tables
+from ablation import CRITERIA, FULL, METHODS, ROWS
+from grid import SOURCE_ONLY, STATISTICS, Run
 from maxsquare import Statistics
 from street_scenes import SETTINGS, StreetScenes
 from uda import deeplab
+from uda.errors import UserError
 
 SEEDS = 3
 GRID = (0.1, 0.5, 2.5)
@@ -66,6 +70,7 @@ class Numbers:
         weight: float,
         *,
         prior: Tensor | None = None,
+        **_: Any,
     ) -> dict[str, Tensor]:
         time.sleep(self.seconds)
         if method == "source":
@@ -99,8 +104,8 @@ METHODS_OF = [(ROWS[name].method, ROWS[name].predicted_prior) for name in METHOD
 def threads(count: int, task: Numbers, folder: Path) -> Iterator[ThreadPoolExecutor]:
     """In place of worker processes, whose start takes longer than all runs."""
     with ThreadPoolExecutor(count) as pool, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation, "_task", task, raising=False)
-        patch.setattr(ablation, "_folder", folder, raising=False)
+        patch.setattr(grid, "_task", task, raising=False)
+        patch.setattr(grid, "_folder", folder, raising=False)
         yield pool
 
 
@@ -113,8 +118,8 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(autouse=True, scope="module")
 def numbers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation, "make_task", lambda options, folder: Numbers())
-        patch.setattr(ablation, "workers", threads)
+        patch.setattr(grid, "make_task", lambda options: Numbers())
+        patch.setattr(grid, "workers", threads)
         yield
 
 
@@ -129,7 +134,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, numbers: None) -> Pa
 
 @pytest.fixture(scope="module")
 def summary(uninterrupted: Path) -> dict[str, Any]:
-    return ablation.summarize(*ablation.load(uninterrupted, SEEDS), SEEDS)
+    return ablation.summarize(*grid.load(uninterrupted, ROWS, SEEDS), SEEDS)
 
 
 # Protocol
@@ -170,8 +175,8 @@ def test_rows_are_scores_of_the_chosen_runs(summary: dict[str, Any]) -> None:
 
 def test_grid_and_effect_of_the_term_are_those_of_one_weight(summary: dict[str, Any]) -> None:
     task = Numbers()
-    for name, grid in summary["grid"].items():
-        for weight, scores in zip(GRID, grid, strict=True):
+    for name, at_weights in summary["grid"].items():
+        for weight, scores in zip(GRID, at_weights, strict=True):
             models = [model(task, name, seed, weight) for seed in range(SEEDS)]
             assert scores == [task.score(made)[0] for made in models]
     assert len(summary["term"]) == len(ablation.TERM) * len(GRID)
@@ -211,7 +216,7 @@ def test_steadiness_falls_with_entropy_and_with_a_drift_of_the_proportions() -> 
     def result(certainty: float, *proportions: float) -> dict[str, Any]:
         return {"certainty": certainty, "proportions": list(proportions)}
 
-    finished: ablation.Finished = {Run(0, STATISTICS): result(-1.0, 0.5, 0.5)}
+    finished: grid.Finished = {Run(0, STATISTICS): result(-1.0, 0.5, 0.5)}
 
     def steadiness(certainty: float, *proportions: float) -> float:
         run = result(certainty, *proportions)
@@ -230,11 +235,11 @@ def test_batch_norm_share_is_measured_for_every_trained_row(summary: dict[str, A
 
 
 def test_nothing_starts_before_its_source_model() -> None:
-    runs = ablation.all_runs(GRID, 2)
+    runs = grid.all_runs(ROWS, GRID, 2)
     assert len(runs) == 2 * (3 + len(METHODS) * len(GRID)) == len({*runs})
     sources = [Run(seed, SOURCE_ONLY) for seed in range(2)]
-    assert ablation.startable(runs, {}) == sources
-    found = ablation.startable(runs, {sources[1]: {}})
+    assert grid.startable(runs, {}) == sources
+    found = grid.startable(runs, {sources[1]: {}})
     assert set(found) == {sources[0], *(run for run in runs if run.seed == 1)}
 
 
@@ -253,7 +258,7 @@ def test_more_seeds_continue_the_runs_of_fewer(uninterrupted: Path, tmp_path: Pa
 
 
 def test_interval_is_students_t_of_paired_differences() -> None:
-    difference = ablation.difference([3.0, 5.0, 4.0, 9.0], [1.0, 6.0, 2.0, 4.0])
+    difference = tables.difference([3.0, 5.0, 4.0, 9.0], [1.0, 6.0, 2.0, 4.0])
     deltas = torch.tensor([2.0, -1.0, 2.0, 5.0], dtype=torch.float64)
     half = stats.t.ppf(0.975, df=3) * deltas.std().item() / 2
     assert difference == {
@@ -262,7 +267,7 @@ def test_interval_is_students_t_of_paired_differences() -> None:
         "high": pytest.approx(2 + half),
         "won": 3,
     }
-    assert ablation.difference([2.0, 3.0], [1.0, 2.0]) == {
+    assert tables.difference([2.0, 3.0], [1.0, 2.0]) == {
         "mean": 1.0,
         "low": 1.0,
         "high": 1.0,
@@ -296,8 +301,8 @@ def test_statistics_of_the_target_in_every_model_explain_no_difference(
 # The script
 
 MAIN = (
-    "import sys, ablation, test_ablation\n"
-    "ablation.make_task = lambda options, folder: test_ablation.Numbers(seconds=0.05)\n"
+    "import sys, ablation, grid, test_ablation\n"
+    "grid.make_task = lambda options: test_ablation.Numbers(seconds=0.05)\n"
     "sys.exit(ablation.main(sys.argv[1:]))"
 )
 
@@ -323,7 +328,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_results(
     assert ablation.main(options) == 0
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())
     assert results(work) == results(uninterrupted)
-    assert results(work).keys() == {f"{run.name}.json" for run in ablation.all_runs(GRID, SEEDS)}
+    assert results(work).keys() == {f"{run.name}.json" for run in grid.all_runs(ROWS, GRID, SEEDS)}
     assert {path.name for path in out.iterdir()} == {
         f"ablation-numbers.{suffix}" for suffix in ("json", "csv", "md", "png", "svg")
     }
@@ -367,7 +372,7 @@ def test_other_settings_are_refused_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(ablation, "make_task", lambda options, folder: task)
+    monkeypatch.setattr(grid, "make_task", lambda options: task)
     before = results(uninterrupted)
     assert (
         ablation.main([*options, "--work", str(uninterrupted), "--out", str(tmp_path / "out")]) == 2
@@ -416,8 +421,8 @@ def test_a_damaged_file_is_named_and_kept(
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("Dear reader")
-    with pytest.raises(ablation.UserError, match="something else"):
-        ablation.claim(tmp_path, Numbers(), ablation.Options())
+    with pytest.raises(UserError, match="something else"):
+        grid.claim(tmp_path, Numbers(), workers=1)
 
 
 # Street scenes
@@ -492,7 +497,7 @@ def test_scenes_scores_and_explanation_are_percent(
     score, per_class = scenes.score(source)
     known = [value for value in per_class.values() if value is not None]
     assert score == pytest.approx(sum(known) / len(known))
-    assert isinstance(scenes, ablation.Explaining)
+    assert isinstance(scenes, grid.Explaining)
     confidence, share = scenes.explain(source)
     assert 100 / 19 < confidence <= 100
     assert sum(share.values()) == pytest.approx(100)

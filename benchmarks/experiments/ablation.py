@@ -13,114 +13,31 @@ target label influences a number in the tables. A run that was stopped continues
 from __future__ import annotations
 
 import csv
-import json
-import multiprocessing
-import os
 import shlex
-import signal
 import statistics
 import sys
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
-from scipy.stats import spearmanr, ttest_rel
+from scipy.stats import spearmanr
 
 import cases
-from maxsquare import Statistics
-from uda import checkpoint, outputs, report
-from uda.datasets import Progress
-from uda.errors import UserError
-from uda.presets import DEMO_CHECKPOINT
+import grid
+from grid import CONTROL, REFERENCES, SOURCE_ONLY, STATISTICS, Finished, Row, Run
+from tables import compared, difference, draw_interval, mean, mean_and_range, number, table
+from uda import report
 
 QUESTION = "Which part of the method helps on the target, and by how much?"
 
-Weights = dict[str, torch.Tensor]
-
-
-class Task(Protocol):
-    """A pair of domains, a network, and a recipe for training on them.
-
-    A model depends only on the arguments of the method that makes it, so that a run can be
-    repeated. A task can be pickled: each worker process has its own.
-
-    Attributes:
-        name: stem of the result files.
-        score_name: what `score` returns, with its unit.
-        base: one line each on data, network and recipe.
-        weights: the weights of the target loss at which each method runs.
-    """
-
-    name: str
-    score_name: str
-    base: dict[str, str]
-    weights: tuple[float, ...]
-
-    def prepare(self, on_progress: Progress) -> None:
-        """Prepare the data that the runs share; called once, before any other method."""
-
-    def train_source(self, seed: int) -> Weights:
-        """A model that has learnt from labelled source images."""
-
-    def target_statistics(self, source: Weights, seed: int) -> Weights:
-        """The model with BatchNorm's running statistics taken from target training images."""
-
-    def adapt(
-        self,
-        source: Weights,
-        seed: int,
-        method: str,
-        weight: float,
-        *,
-        prior: torch.Tensor | None = None,
-    ) -> Weights:
-        """The model after further training with the target loss of a method ("source": none).
-
-        prior: class proportions that the methods with an information term keep to; None: uniform.
-        """
-
-    def score(self, weights: Weights) -> tuple[float, dict[str, float | None]]:
-        """The score on labelled target validation images, over all classes and of each."""
-
-    def watch(self, weights: Weights) -> Statistics:
-        """Statistics of the predictions on target training images, whose labels are not used."""
-
-
-@runtime_checkable
-class Explaining(Protocol):
-    """A task that tells more about a model than its score."""
-
-    def explain(self, weights: Weights) -> tuple[float, dict[str, float]]:
-        """Mean confidence on target validation images, and share of each predicted class, in %."""
-
-
-class Row(NamedTuple):
-    """A line of the table, and the method that makes its model from the source model."""
-
-    label: str
-    method: str | None = None
-    predicted_prior: bool = False
-
-
-SOURCE_ONLY = "source-only"
-STATISTICS = "target-statistics"
-CONTROL = "source"
 FULL = "maxsquare-iw-multi"
 ROWS = {
-    SOURCE_ONLY: Row("source only"),
-    STATISTICS: Row("target BatchNorm statistics"),
-    CONTROL: Row("source, continued", "source"),
+    **REFERENCES,
     "entropy": Row("entropy", "entropy"),
     "entropy-information": Row("entropy + information", "entropy-information"),
     "entropy-prior": Row("entropy + information, predicted prior", "entropy-information", True),
@@ -137,7 +54,7 @@ ROWS = {
     FULL: Row("IW + Multi(-level)", FULL),
     "pseudo-label": Row("pseudo labels", "pseudo-label"),
 }
-METHODS = [name for name, row in ROWS.items() if row.method not in (None, CONTROL)]
+METHODS = [name for name, row in ROWS.items() if row.has_target_loss]
 # Methods with the information term, and the method without it.
 TERM = {
     f"{name}-{term}": name
@@ -176,42 +93,8 @@ GIVEN_UP_BELOW = 0.1
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(grid.Options):
     """Compare the target losses, with error bars over seeds."""
-
-    task: Literal["scenes", "digits"] = "scenes"
-    """What to adapt: rendered street scenes, or real handwriting of two sources."""
-    seeds: int = 5
-    """Seeds 0, 1, ...; more of them continue the runs of fewer."""
-    workers: int = os.cpu_count() or 1
-    """Processes that train at the same time, one thread each."""
-    work: Path | None = None
-    """Folder of the finished runs, from which a stopped run continues; default:
-    runs/ablation-TASK."""
-    data_root: Path | None = None
-    """Folder of the rendered scenes (made if missing); default: data/ in --work."""
-    sources: tuple[Path, ...] = ()
-    """Source models of the street scenes, checkpoints or exported files, which the seeds use in
-    turn; default: the source model of the demo."""
-    out: Path = cases.RESULTS
-    """Folder for tables and plot."""
-    summary_only: bool = False
-    """Make tables and plot from the finished runs in --work, and train nothing."""
-
-
-class Run(NamedTuple):
-    """One model to be made and scored."""
-
-    seed: int
-    row: str
-    weight: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return f"seed{self.seed}-{self.row}" + (f"-{self.weight:g}" if self.weight else "")
-
-
-Finished = dict[Run, dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,249 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: Options, console: Console) -> None:
-    if options.seeds < 2:
-        raise UserError(f"--seeds {options.seeds} gives no interval: take at least 2.")
-    if options.workers < 1:
-        raise UserError(f"--workers must be positive, not {options.workers}.")
-    folder = options.work or Path("runs") / f"ablation-{options.task}"
-    if not options.summary_only:
-        try:
-            train(make_task(options, folder), folder, options, console)
-        except BrokenProcessPool as error:
-            raise UserError(
-                "A training process was killed, perhaps for lack of memory: the same command "
-                "continues from here, and takes less memory with fewer --workers."
-            ) from error
-    write(summarize(*load(folder, options.seeds), options.seeds), options.out, console)
-
-
-def make_task(options: Options, folder: Path) -> Task:
-    # Each task needs packages that the other does not.
-    if options.task == "digits":
-        from digits import Digits
-
-        return Digits()
-    from street_scenes import StreetScenes
-
-    return StreetScenes(options.data_root or folder / "data", options.sources or (DEMO_CHECKPOINT,))
-
-
-# Runs
-
-
-def all_runs(weights: Sequence[float], seeds: int) -> list[Run]:
-    """Every run, seed by seed."""
-    return [run for seed in range(seeds) for name in ROWS for run in runs_of(seed, name, weights)]
-
-
-def runs_of(seed: int, row: str, weights: Sequence[float]) -> list[Run]:
-    """The runs of a row: one for each weight, or one alone where there is no target loss."""
-    return [Run(seed, row, weight) for weight in (weights if row in METHODS else (0.0,))]
-
-
-def startable(runs: Iterable[Run], finished: Finished) -> list[Run]:
-    """The runs whose source model is there, including finished runs."""
-    return [run for run in runs if run.row == SOURCE_ONLY or source_of(run) in finished]
-
-
-def source_of(run: Run) -> Run:
-    return Run(run.seed, SOURCE_ONLY)
-
-
-def choose(seed: int, row: str, weights: Sequence[float], finished: Finished) -> Run:
-    """The run that stands for a row: of all its weights the one of the highest information."""
-    return max(runs_of(seed, row, weights), key=lambda run: finished[run]["information"])
-
-
-def train(task: Task, folder: Path, options: Options, console: Console) -> None:
-    """Finish every run that is not finished yet."""
-    claim(folder, task, options)
-    finished = dict(read_runs(folder))
-    runs = all_runs(task.weights, options.seeds)
-    with report.progress_bar(console) as progress:
-        # A run takes about a minute, so the remaining time is estimated from many runs.
-        progress.speed_estimate_period = 3600.0
-        preparing = progress.add_task("data", total=None, note="")
-        task.prepare(lambda done, of: progress.update(preparing, completed=done, total=of))
-        progress.remove_task(preparing)
-        bar = progress.add_task("runs", total=len(runs), completed=len(finished), note="")
-        with workers(options.workers, task, folder) as pool:
-            running: dict[Future[dict[str, Any]], Run] = {}
-            while True:
-                for run in startable(runs, finished):
-                    if len(running) == options.workers:
-                        break
-                    if run not in finished and run not in running.values():
-                        running[pool.submit(execute, run)] = run
-                if not running:
-                    break
-                progress.update(bar, note=", ".join(run.name for run in running.values()))
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    finished[running.pop(future)] = future.result()
-                    progress.advance(bar)
-
-
-def claim(folder: Path, task: Task, options: Options) -> None:
-    """Note in the folder what its runs depend on, or refuse a folder with other runs."""
-    settings = {
-        "task": task.name,
-        "score": task.score_name,
-        "base": task.base,
-        "weights": list(task.weights),
-        "versions": report.versions(),
-    }
-    path = settings_path(folder)
-    if path.is_file():
-        earlier = flat(read_settings(folder)["settings"])
-        for name, value in flat(settings).items():
-            if earlier.get(name) != value:
-                raise UserError(
-                    f"{folder} holds runs with {name} {earlier.get(name)}, not {value}: choose "
-                    "another --work, or continue with the settings of these runs."
-                )
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds something else: choose another --work.")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        environment = {**cases.environment("cpu"), "threads": 1, "workers": options.workers}
-        outputs.write_json(path, {"settings": settings, "environment": environment})
-
-
-def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of mappings as entries of their own."""
-    values = {}
-    for name, value in settings.items():
-        entries = value.items() if isinstance(value, dict) else [("", value)]
-        values |= {f"{name} {key}".strip(): entry for key, entry in entries}
-    return values
-
-
-def settings_path(folder: Path) -> Path:
-    return folder / "settings.json"
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    return read(settings_path(folder), ("settings", "environment"), "choose another --work")
-
-
-def read_runs(folder: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
-    for path in sorted(folder.glob("seed*.json")):
-        entries = ("run", "score", "per_class", "information", "proportions", "seconds")
-        result = read(path, entries, "remove it, and its run is made again")
-        yield Run(*result["run"]), result
-
-
-def read(path: Path, entries: Iterable[str], remedy: str) -> dict[str, Any]:
-    """The content of a JSON file of ours; UserError if it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # no JSON, or no text at all
-        content = None
-    if not isinstance(content, dict) or not content.keys() >= {*entries}:
-        raise UserError(f"{path} is damaged: {remedy}.")
-    return content
-
-
-# Worker processes
-
-_task: Task
-_folder: Path
-
-
-@contextmanager
-def workers(count: int, task: Task, folder: Path) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each, which end when this one ends, however it does."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # libraries read it when they are imported
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, initializer=start_worker, initargs=(task, folder))
-    try:
-        yield pool
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-
-
-def start_worker(task: Task, folder: Path) -> None:
-    global _task, _folder
-    _task, _folder = task, folder
-    torch.set_num_threads(1)
-    # Ctrl-C reaches all processes of a terminal; the main one ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def execute(run: Run) -> dict[str, Any]:
-    """Make the model of a run, score it, and note the result in the folder."""
-    task, started = _task, time.perf_counter()
-    path = _folder / f"{run.name}.json"
-    source_path = _folder / f"seed{run.seed}-source.pt"
-    row = ROWS[run.row]
-    if run.row == SOURCE_ONLY:
-        weights = task.train_source(run.seed)
-        checkpoint.save(source_path, weights)
-    else:
-        source = checkpoint.load(source_path)
-        if row.method is None:
-            weights = task.target_statistics(source, run.seed)
-        else:
-            prior = None
-            if row.predicted_prior:
-                prior = task.watch(task.target_statistics(source, run.seed)).proportions
-            weights = task.adapt(source, run.seed, row.method, run.weight, prior=prior)
-    score, per_class = task.score(weights)
-    seen = task.watch(weights)
-    result: dict[str, Any] = {
-        "run": run,
-        "score": score,
-        "per_class": per_class,
-        "information": seen.information.item(),
-        "certainty": -seen.entropy.item(),
-        "classes": seen.classes.item(),
-        "proportions": seen.proportions.tolist(),
-    }
-    if row.method is not None:
-        # The gain of the loss beyond that of BatchNorm statistics of the target.
-        with_statistics = task.target_statistics(weights, run.seed)
-        result["score_with_target_statistics"], _ = task.score(with_statistics)
-    if isinstance(task, Explaining):
-        result["confidence"], result["share"] = task.explain(weights)
-    result["seconds"] = time.perf_counter() - started
-    outputs.write_json(path, result)
-    return result
+    started_with, finished = grid.finish(ROWS, options, console)
+    write(summarize(started_with, finished, options.seeds), options.out, console)
 
 
 # Summary
 
 
-def load(folder: Path, seeds: int) -> tuple[dict[str, Any], Finished]:
-    """The settings of the runs in a folder, and their results; those of all seeds must be there."""
-    if not settings_path(folder).is_file():
-        raise UserError(f"{folder} holds no runs: check --work.")
-    started_with = read_settings(folder)
-    runs, found = all_runs(started_with["settings"]["weights"], seeds), dict(read_runs(folder))
-    finished = {run: found[run] for run in runs if run in found}
-    if len(finished) < len(runs):
-        raise UserError(
-            f"{folder} holds {len(finished)} of {len(runs)} runs: finish them without "
-            "--summary-only, or report fewer --seeds."
-        )
-    return started_with, finished
+def runs_of(seed: int, name: str, weights: Sequence[float]) -> list[Run]:
+    return grid.runs_of(seed, name, ROWS[name], weights)
 
 
 def summarize(started_with: Mapping[str, Any], finished: Finished, seeds: int) -> dict[str, Any]:
@@ -473,7 +122,8 @@ def summarize(started_with: Mapping[str, Any], finished: Finished, seeds: int) -
     weights = settings["weights"]
     finished = {run: add_steadiness(result, run, finished) for run, result in finished.items()}
     chosen = {
-        name: [choose(seed, name, weights, finished) for seed in range(seeds)] for name in ROWS
+        name: [grid.choose(runs_of(seed, name, weights), finished) for seed in range(seeds)]
+        for name in ROWS
     }
     rows = {
         name: summarize_row(name, runs, [finished[run] for run in runs])
@@ -595,10 +245,6 @@ def summarize_row(
     }
 
 
-def mean(values: Sequence[float]) -> float | None:
-    return statistics.mean(values) if values else None
-
-
 def mean_per_class(
     results: Sequence[Mapping[str, float | None]],
 ) -> dict[str, float | None]:
@@ -606,21 +252,6 @@ def mean_per_class(
     classes = results[0] if results else ()
     columns = {c: [result[c] for result in results] for c in classes}
     return {c: None if None in values else mean(values) for c, values in columns.items()}
-
-
-def difference(scores: Sequence[float], against: Sequence[float]) -> dict[str, Any]:
-    """Mean paired difference over seeds with its 95% confidence interval (Student's t)."""
-    differences = [a - b for a, b in zip(scores, against, strict=True)]
-    if len({*differences}) == 1:  # t is not defined without spread
-        low = high = differences[0]
-    else:
-        low, high = map(float, ttest_rel(scores, against).confidence_interval(0.95))
-    return {
-        "mean": statistics.mean(differences),
-        "low": low,
-        "high": high,
-        "won": sum(d > 0 for d in differences),
-    }
 
 
 # Report
@@ -796,10 +427,6 @@ def criteria_table(summary: Mapping[str, Any]) -> str:
     )
 
 
-def mean_and_range(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def per_class_table(summary: Mapping[str, Any]) -> str:
     rows = summary["rows"]
     return table(
@@ -816,22 +443,6 @@ def pairs(
 ) -> dict[tuple[str, str], Mapping[str, float]]:
     """The differences by the rows that they compare."""
     return {(d["row"], d["against"]): d for d in summary[of]}
-
-
-def number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def compared(difference: Mapping[str, float] | None, seeds: int) -> str:
-    if difference is None:
-        return "–"
-    form = "{mean:+.2f} [{low:+.2f}, {high:+.2f}] {won}/{seeds}"
-    return form.format(**difference, seeds=seeds)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def plot(summary: Mapping[str, Any]) -> Figure:
@@ -897,22 +508,6 @@ def plot(summary: Mapping[str, Any]) -> Figure:
 def color(row: str) -> str:
     """By group; Okabe and Ito's palette, which colour-blind readers can tell apart."""
     return "#0072B2" if row in METHODS else "0.35"
-
-
-def draw_interval(
-    axes: Axes, y: float, difference: Mapping[str, float], color: str, fill: str | None = None
-) -> None:
-    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
-    axes.errorbar(
-        mean,
-        y,
-        xerr=[[mean - low], [high - mean]],
-        fmt="o",
-        color=color,
-        markerfacecolor=fill or color,
-        capsize=3,
-        markersize=5,
-    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+import alternatives
 import cases
+from grid import class_shares
 from maxsquare import Statistics
 from uda import adaptation, report
 from uda.adaptation import BackboneUpdates
@@ -316,6 +318,8 @@ class Digits:
         weight: float,
         *,
         prior: Tensor | None = None,
+        ratio: float = 0.2,
+        length: float = 1.0,
         updates: BackboneUpdates = "once",
         lr_multiple: float = 1.0,
     ) -> Weights:
@@ -324,29 +328,44 @@ class Digits:
         Args:
             source: weights of the source model.
             seed: determines the canvases; those of the source continue where its training stopped.
-            method: key of `adaptation.methods`.
+            method: one of `alternatives.adapt`.
             weight: weight of the target loss.
-            prior: class proportions, see `adaptation.methods`.
+            prior, ratio: see `adaptation.methods`.
+            length: of the adaptation, in units of `steps`.
             updates: how often a step updates the backbone, see `adaptation.parameter_groups`.
             lr_multiple: multiplies the backbone's learning rate; the heads keep theirs.
         """
         model = _network(source)
         optimizer = self._prepare(model, self.lr, updates, lr_multiple)
-        steps = range(self.steps)
-        source_steps = range(self.source_steps, self.source_steps + self.steps)
-        training = adaptation.adapt(
+        steps = range(round(self.steps * length))
+        canvases = range(self.source_steps, self.source_steps + len(steps))
+        training = alternatives.adapt(
             model,
             optimizer,
-            self._batches(mnist(), (seed, SOURCE), source_steps),
-            self._batches(optdigits(), (seed, TARGET), source_steps),
-            adaptation.learning_rates(self.lr, steps, self.steps),
-            adaptation.methods(low_weight=self.low_weight, prior=prior)[method],
+            self._batches(mnist(), (seed, SOURCE), canvases),
+            self._batches(optdigits(), (seed, TARGET), canvases),
+            [*adaptation.learning_rates(self.lr, steps, len(steps))],
+            method,
             target_weight=weight,
             low_weight=self.low_weight,
+            ratio=ratio,
+            prior=prior,
+            seed=seed,
+            source_shares=self.source_shares,
         )
         for _ in training:
             pass
         return model.state_dict()
+
+    def source_shares(self) -> Tensor:
+        """The share of each class in the labels of some source canvases."""
+        canvases = draw_batch(mnist(), WATCHED_CANVASES, (0, SOURCE))
+        return class_shares([canvases.labels], len(SPACE))
+
+    def predictions(self, weights: Weights) -> Iterator[tuple[Tensor, Tensor]]:
+        """The final head's logits and the labels of the target's validation canvases."""
+        images, labels, _ = self.validation(optdigits())
+        yield _network(weights).eval()(images)[0], labels
 
     def score(self, weights: Weights) -> tuple[float, dict[str, float | None]]:
         """Mean and IoU per class on the labelled validation canvases of the target, in percent."""

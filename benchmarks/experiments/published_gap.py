@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import nn
 
-import ablation
 import cases
 from digits import Digits
+from tables import compared, difference, table
 from uda import report
 from uda.adaptation import (
     REPEATS,
@@ -131,7 +131,7 @@ def optimiser_sections() -> Iterator[str]:
         f"{s.source_horizon:,} horizon, without any gradient)."
     )
     header = ("updates", "first step", "of a shortcut", "shrinks by", "a shortcut by")
-    yield ablation.table(header, rows)
+    yield table(header, rows)
 
 
 def train(
@@ -183,11 +183,11 @@ def digits_sections(task: Digits, scores: dict[Row, list[tuple[float, float]]]) 
         cells = []
         for values, published in zip(stages, columns[PUBLISHED], strict=True):
             cells.append(f"{statistics.mean(values):.1f}")
-            less = None if row == PUBLISHED else ablation.difference(values, published)
-            cells.append(ablation.compared(less, len(values)))
+            less = None if row == PUBLISHED else difference(values, published)
+            cells.append(compared(less, len(values)))
         rows.append((row.label, *cells))
     header = ("", "source only", "less as published", "adapted", "less as published")
-    yield ablation.table(header, rows)
+    yield table(header, rows)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,28 @@
 """The street scenes that this project draws, as a task for the ablation.
 
 Source, target, network, optimiser and learning rate are those of the demo (examples/train_uda.py):
-streets with the same kinds of objects in two styles. The adaptation is shorter and uses bfloat16,
-which takes a third less time.
+streets with the same kinds of objects in two styles. The adaptation is shorter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+import alternatives
+from grid import class_shares
 from maxsquare import Statistics
 from uda import adaptation, deeplab, loading
 from uda.datasets import Progress
 from uda.evaluation import evaluate, predict, watch
 from uda.presets import DEMO_CHECKPOINT, PRESETS, Settings
 
-SETTINGS = replace(PRESETS["demo"].settings, steps=150, device="cpu", workers=0)
+SETTINGS = replace(PRESETS["demo"].settings, steps=100, device="cpu", workers=0)
 
 # Random streams for the order of images, as in train_uda.py.
 SOURCE_STREAM, TARGET_STREAM, STATISTICS_STREAM = range(3)
@@ -61,7 +61,7 @@ class StreetScenes:
             "source models": f"{named} (--sources), which the seeds take in turn",
             "adaptation": f"{s.steps} steps of {s.batch_size} + {s.batch_size} images, "
             f"learning rate {s.lr:g} (heads x10), SGD, momentum {s.momentum:g}, weight decay "
-            f"{s.weight_decay:g}, poly decay, bfloat16",
+            f"{s.weight_decay:g}, poly decay",
             "target statistics": f"{STATISTICS_BATCHES * s.batch_size} target training images",
         }
 
@@ -89,9 +89,25 @@ class StreetScenes:
         weight: float,
         *,
         prior: Tensor | None = None,
+        ratio: float = 0.2,
+        length: float = 1.0,
     ) -> dict[str, Tensor]:
-        s = replace(self.settings, seed=seed, method=method, target_weight=(weight,))
-        return _adapt(self._network(source), s, prior)
+        steps = round(self.settings.steps * length)
+        s = replace(self.settings, seed=seed, steps=steps, ratio=ratio)
+        return self._adapt(self._network(source), s, method, weight, prior)
+
+    def source_shares(self) -> Tensor:
+        """The share of each class in the labels of the source."""
+        source, _, _ = loading.open_data(self.settings)
+        batches = loading.validation_loader(source, self.settings)
+        return class_shares((batch.labels for batch in batches), self.settings.classes)
+
+    def predictions(self, weights: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The final head's logits and the labels of the target's validation images."""
+        _, _, validation = loading.open_data(self.settings)
+        network = self._network(weights).eval()
+        for images, labels, _ in loading.validation_loader(validation, self.settings):
+            yield network(images)[0], labels
 
     def score(self, weights: dict[str, Tensor]) -> tuple[float, dict[str, float | None]]:
         _, _, validation = loading.open_data(self.settings)
@@ -119,40 +135,36 @@ class StreetScenes:
             dict(zip(validation.space.names, share, strict=True)),
         )
 
+    def _adapt(
+        self, network: nn.Module, s: Settings, method: str, weight: float, prior: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The adaptation of train_uda.py without checkpoints or evaluations."""
+        source, target, _ = loading.open_data(s)
+        network.to(memory_format=torch.channels_last).train()  # faster on a CPU
+        optimizer = adaptation.RepeatedSGD(
+            adaptation.parameter_groups(network, s.lr, backbone_updates=s.backbone_updates),
+            momentum=s.momentum,
+            weight_decay=s.weight_decay,
+        )
+        training = alternatives.adapt(
+            network,
+            optimizer,
+            loading.batches(source, s, 0, s.steps, stream=SOURCE_STREAM),
+            loading.batches(target, s, 0, s.steps, stream=TARGET_STREAM),
+            [*adaptation.learning_rates(s.lr, range(s.steps), s.steps)],
+            method,
+            target_weight=weight,
+            low_weight=s.low_weight,
+            ratio=s.ratio,
+            prior=prior,
+            seed=s.seed,
+            source_shares=self.source_shares,
+        )
+        for _ in training:
+            pass
+        return network.state_dict()
+
     def _network(self, weights: dict[str, Tensor]) -> nn.Module:
         network = loading.build_network(self.settings)
         network.load_state_dict(weights)
         return network
-
-
-def _adapt(network: nn.Module, s: Settings, prior: Tensor | None) -> dict[str, Tensor]:
-    """The adaptation of train_uda.py in bfloat16, without checkpoints or evaluations."""
-    losses = adaptation.methods(
-        ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight, prior=prior
-    )
-    source, target, _ = loading.open_data(s)
-    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    network.to(memory_format=torch.channels_last)  # faster on a CPU
-    model, fabric_optimizer = fabric.setup(
-        network,
-        adaptation.RepeatedSGD(
-            adaptation.parameter_groups(network, s.lr, backbone_updates=s.backbone_updates),
-            momentum=s.momentum,
-            weight_decay=s.weight_decay,
-        ),
-    )
-    model.train()
-    training = adaptation.adapt(
-        model,
-        fabric_optimizer,
-        loading.batches(source, s, 0, s.steps, stream=SOURCE_STREAM),
-        loading.batches(target, s, 0, s.steps, stream=TARGET_STREAM),
-        adaptation.learning_rates(s.lr, range(s.steps), s.steps),
-        losses[s.method],
-        target_weight=s.target_weight[0],
-        low_weight=s.low_weight,
-        backward=fabric.backward,
-    )
-    for _ in training:
-        pass
-    return network.state_dict()
