@@ -27,11 +27,13 @@ PLAIN = "plain PyTorch"
 COMPILED = "torch.compile"
 CROSS_ENTROPY = "F.cross_entropy"
 NOT_IMAGE_WISE = "maxsquare, not image-wise"
+OURS_COMPILED = "maxsquare, torch.compile"
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = {
     OURS: "#0072B2",
     NOT_IMAGE_WISE: "#56B4E9",
+    OURS_COMPILED: "#F0E442",
     CROSS_ENTROPY: "#009E73",
     COMPILED: "#E69F00",
     PLAIN: "#CC79A7",

@@ -3,6 +3,7 @@
     python benchmarks/speed.py --quick                 # 19 classes at 512x1024: some minutes
     python benchmarks/speed.py --quick --busy 2        # beside two processes that compute
     python benchmarks/speed.py --quick --keep-memory   # with freed memory kept for the next tensor
+    python benchmarks/speed.py --quick --no-kernels    # as on a machine without a C++ compiler
     python benchmarks/speed.py          # the whole grid, as far as memory and --minutes allow
 
 All competitors run in one process in interleaved rounds, so that whatever else the machine does
@@ -15,11 +16,14 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import os
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,7 +37,18 @@ from rich.console import Console
 from rich.table import Table
 
 import cases
-from cases import COMPILED, CROSS_ENTROPY, NOT_IMAGE_WISE, OURS, PLAIN, PUBLISHED, Bar, Case
+from cases import (
+    COMPILED,
+    CROSS_ENTROPY,
+    NOT_IMAGE_WISE,
+    OURS,
+    OURS_COMPILED,
+    PLAIN,
+    PUBLISHED,
+    Bar,
+    Case,
+)
+from maxsquare import MaxSquareLoss
 from uda import report
 from uda.errors import UserError
 
@@ -52,7 +67,10 @@ SHORTEST_SAMPLE = 0.02  # seconds; the clock and the start of a kernel must not 
 COPY_BYTES = 2**28  # far more than a cache holds
 EXP_ELEMENTS_PER_THREAD = 2**15  # operand and result stay in a level-2 cache of 1 MiB
 # Full-resolution logits that a competitor holds at its peak, by benchmarks/memory.py; input too.
-PEAK_TENSORS = {OURS: 2, NOT_IMAGE_WISE: 2, CROSS_ENTROPY: 4, COMPILED: 6, PLAIN: 6, PUBLISHED: 14}
+PEAK_TENSORS = {
+    **{OURS: 2, NOT_IMAGE_WISE: 2, CROSS_ENTROPY: 4},
+    **{COMPILED: 6, OURS_COMPILED: 6, PLAIN: 6, PUBLISHED: 14},
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +108,9 @@ class Options:
     keep_memory: bool = False
     """Let glibc keep freed memory for the next tensor, as other allocators do; else the system
     hands out every large gradient anew, page by page."""
+    no_kernels: bool = False
+    """Without the kernels of maxsquare, whose losses are then ordinary PyTorch; these compete
+    under torch.compile, too."""
     compile: bool = True
     """Whether torch.compile competes; compiling takes longer than measuring."""
     out: Path = cases.RESULTS
@@ -143,12 +164,13 @@ class Scaling(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """At the headline a competitor takes at least `ratio` times as long as ours."""
+    """At the headline a competitor takes at least `ratio` times as long as ours, or another."""
 
     loss: str
     upsampled: bool
     competitor: str
     ratio: float
+    against: str = OURS
 
 
 # For logits of (1, 19, 512, 1024) in float32, on two CPU threads or a GPU of the H200's class.
@@ -172,6 +194,13 @@ CLAIMS = {
 }
 # With the gradient's memory at hand; the larger of both floors.
 KEPT_MEMORY_CLAIMS = (Claim("max_square", False, EXP_FLOOR, 1 / 2.5),)
+# Without kernels the losses take at most a tenth longer than the shortest good PyTorch.
+NO_KERNELS_CLAIMS = tuple(
+    Claim(loss, upsampled, plain, 1 / 1.1, ours)
+    for loss in ("max_square", "iw_max_square", "multi_level")
+    for upsampled in (False, True)
+    for plain, ours in ((PLAIN, OURS), (COMPILED, OURS_COMPILED))
+)
 # Beside other processes no ratio is to fall below this share of what is claimed.
 BUSY_SHARE = 0.5
 
@@ -183,6 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: Options, console: Console) -> None:
     if options.keep_memory:
         keep_memory()
+    if options.no_kernels:
+        hide_compilers()
     busy = [
         subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.busy)
     ]
@@ -224,6 +255,7 @@ def compete(options: Options, console: Console) -> None:
     ]
     # With memory at hand everybody is faster; the other claims are not made for that.
     claims = KEPT_MEMORY_CLAIMS if options.keep_memory else CLAIMS[device]
+    claims = NO_KERNELS_CLAIMS if options.no_kernels else claims
     if options.busy:
         claims = tuple(claim._replace(ratio=BUSY_SHARE * claim.ratio) for claim in claims)
     verdicts = judge(timed, claims)
@@ -274,7 +306,8 @@ def stem_of(options: Options, device: str) -> str:
     """Of the files: only the whole grid takes the place of an earlier whole grid."""
     if options.quick:
         beside = f"-busy-{options.busy}" if options.busy else ""
-        return f"speed-quick{beside}{'-kept-memory' if options.keep_memory else ''}"
+        kept = "-kept-memory" if options.keep_memory else ""
+        return f"speed-quick{beside}{kept}{'-no-kernels' if options.no_kernels else ''}"
     return "speed" if grid(options, device) == grid(Options(), device) else "speed-part"
 
 
@@ -312,6 +345,8 @@ def prepare(
     skipped = {}
     if options.compile:
         losses[COMPILED] = torch.compile(losses.get(PLAIN, losses[CROSS_ENTROPY]), dynamic=False)
+        if options.no_kernels:
+            losses[OURS_COMPILED] = torch.compile(losses[OURS], dynamic=False)
     else:
         skipped[COMPILED] = "--no-compile"
     for name in list(losses):
@@ -329,13 +364,13 @@ def prepare(
         for name, loss_of in losses.items()
         if name not in skipped
     }
-    if COMPILED in runs:
+    for name in (COMPILED, OURS_COMPILED):
         try:
-            runs[COMPILED]()
+            runs.get(name, lambda: None)()
         except Exception as error:  # a compiler that is missing or fails may raise anything
-            del runs[COMPILED]
+            del runs[name]
             first_line = str(error).strip().split("\n")[0]
-            skipped[COMPILED] = f"{type(error).__name__}: {first_line}"
+            skipped[name] = f"{type(error).__name__}: {first_line}"
     return runs, skipped
 
 
@@ -379,6 +414,20 @@ def keep_memory() -> None:
         raise UserError("--keep-memory needs glibc, the usual C library on Linux.") from None
     mallopt(mmap_threshold, most)
     mallopt(trim_threshold, most)
+
+
+def hide_compilers() -> None:
+    """Let maxsquare find neither a compiler nor kernels that were compiled before."""
+    found = {name: os.environ.get(name) for name in ("CXX", "XDG_CACHE_HOME")}
+    with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings(record=True) as warned:
+        os.environ |= {"CXX": "no-compiler", "XDG_CACHE_HOME": empty}
+        warnings.simplefilter("always")
+        for dtype in cases.DTYPES.values():
+            MaxSquareLoss()(torch.zeros(1, 2, 1, 1, dtype=dtype))
+    for name, value in found.items():  # torch.compile needs them
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    if not any("without its kernels" in str(warning.message) for warning in warned):
+        raise UserError("--no-kernels finds ready-made kernels: install from the source archive.")
 
 
 def synchronize(device: str) -> None:
@@ -467,10 +516,11 @@ def judge(timed: list[Timed], claims: Sequence[Claim]) -> list[dict[str, Any]]:
         for t in timed:
             fields = CLAIMED_CASE | {"loss": claim.loss, "upsampled": claim.upsampled}
             if fields.items() <= t.case._asdict().items():
-                for row in t.rows:
-                    if row.competitor == claim.competitor:
-                        met = row.ratio >= claim.ratio
-                        verdicts.append({**claim._asdict(), "measured": row.ratio, "met": met})
+                ratios = {row.competitor: row.ratio for row in t.rows}
+                if {claim.competitor, claim.against} <= ratios.keys():
+                    measured = ratios[claim.competitor] / ratios[claim.against]
+                    met = measured >= claim.ratio
+                    verdicts.append({**claim._asdict(), "measured": measured, "met": met})
     return verdicts
 
 
@@ -509,14 +559,15 @@ def print_summary(
         console.print(
             f"{'met' if claim['met'] else 'NOT met':7}  {claim['loss']}"
             f"{', upsampled' if claim['upsampled'] else ''}: {claim['competitor']} takes "
-            f"{claim['measured']:.2f} times as long; claimed {claim['ratio']:.2f}",
+            f"{claim['measured']:.2f} times as long as {claim['against']}; claimed "
+            f"{claim['ratio']:.2f}",
             soft_wrap=True,
         )
     lost = [
         f"  {t.case}: {row.competitor} takes {row.ratio:.2f} times as long"
         for t in timed
         for row in t.rows
-        if row.ratio < 1 and row.competitor not in (*FLOORS, NOT_IMAGE_WISE)
+        if row.ratio < 1 and row.competitor not in (*FLOORS, NOT_IMAGE_WISE, OURS_COMPILED)
     ]
     console.print("Where maxsquare loses:" if lost else "Nowhere does maxsquare lose.")
     console.print("\n".join(lost), soft_wrap=True, markup=False)

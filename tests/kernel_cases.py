@@ -42,7 +42,10 @@ class Case:
     def classify(self, kernels: ModuleType) -> tuple[Tensor, Tensor]:
         tensors = (self.z, self.guide, self.labels, self.valid)
         ignore_index = 1
-        return kernels.classify(*tensors, self.spec, self.threshold, ignore_index)
+        y, counts = kernels.classify(*tensors, self.spec, self.threshold, ignore_index)
+        narrow = plain.index_dtype(self.spec.classes(self.z))
+        assert y.dtype == (torch.long if kernels is plain else narrow)
+        return y.to(narrow), counts
 
     def weighted_sum(
         self, kernels: ModuleType, y: Tensor | None, needs_grad: bool = True

@@ -883,7 +883,7 @@ def classify(
     """`plain.classify`."""
     classes = spec.classes(z)
     if labels is not None:
-        y = plain.labelled(labels, valid, classes, ignore_index)
+        y = plain.labelled(labels, valid, classes, ignore_index).to(index_dtype(classes))
     else:
         launch = Launch(
             z, spec, [] if guide is None else [guide], thresholded=threshold is not None

@@ -153,7 +153,7 @@ def _classify(
     *spec, threshold, ignore_index = numbers
     kernels = kernels_for(z) or plain
     y, counts = kernels.classify(z, guide, labels, valid, spec_of(*spec), threshold, ignore_index)
-    return y, counts
+    return y.to(index_dtype(counts.shape[1] - 1)), counts
 
 
 @torch.library.impl("maxsquare::weighted_sum", "default")

@@ -72,22 +72,27 @@ def classify(
     if labels is not None:
         y = labelled(labels, valid, classes, ignore_index)
     else:
-        heads = [z.detach()] if guide is None else [z.detach(), guide.detach()]
-        scores = [full_resolution(head, spec) for head in heads]
-        largest = torch.stack([score.amax(1) for score in scores])
-        undefined = (largest - largest != 0).any(0)
-        if threshold is not None:
-            scores = [Probabilities(score, spec.from_logits).p() for score in scores]
-        y = sum(scores[1:], scores[0]).argmax(1)
-        if threshold is not None:
-            sure = torch.stack([score.amax(1) > threshold for score in scores]).any(0)
-            y = torch.where(sure, y, -1)
+        scores = full_resolution(z.detach(), spec)
+        if threshold is None:
+            largest, y = scores.max(1)
+        else:
+            scores = Probabilities(scores, spec.from_logits).p()
+            largest = scores.amax(1)
+            if guide is not None:
+                p = Probabilities(full_resolution(guide.detach(), spec), spec.from_logits).p()
+                scores, largest = scores + p, torch.stack((largest, p.amax(1)))
+            y = scores.argmax(1)
+            sure = largest > threshold
+            y = torch.where(sure if guide is None else sure.any(0), y, -1)
+        undefined = largest - largest != 0
+        undefined = undefined if guide is None else undefined.any(0)
         y = torch.where(undefined, classes, y)
         y = y if valid is None else torch.where(valid, y, -1)
-    bins = y.flatten(1).long() + 1
+    # One bin more than there are classes, for pixels that do not count.
+    bins = y.flatten(1) + 1
+    ones = torch.ones((), dtype=torch.long, device=z.device).expand_as(bins)
     counts = torch.zeros(len(y), classes + 2, dtype=torch.long, device=z.device)
-    counts = counts.scatter_add(1, bins, torch.ones_like(bins))[:, 1:]
-    return y.to(index_dtype(classes)), counts
+    return y, counts.scatter_add(1, bins, ones)[:, 1:]
 
 
 def labelled(labels: Tensor, valid: Tensor | None, classes: int, ignore_index: int) -> Tensor:
@@ -98,7 +103,7 @@ def labelled(labels: Tensor, valid: Tensor | None, classes: int, ignore_index: i
     counted = counted if valid is None else counted & valid
     y = torch.where(counted, torch.where(known, y, classes), -1)
     # Labels may have any layout, but kernels read class maps in the order of the pixels.
-    return y.to(index_dtype(classes)).contiguous()
+    return y.contiguous()
 
 
 def weighted_terms(
@@ -112,8 +117,8 @@ def weighted_terms(
     """w phi(p) of every pixel, (N, *spatial), where w is weights[n, y], or weights[n, 0]."""
     z = full_resolution(z, spec)
     counted = valid
-    if y is not None:
-        y = y.long()
+    if isinstance(potential, CrossEntropy):
+        assert y is not None
         counted = y >= 0 if valid is None else (y >= 0) & valid
     # A pixel that does not count must affect nothing, even if it holds NaN.
     if counted is not None:
@@ -130,11 +135,12 @@ def weighted_terms(
 
 
 def pixel_weights(z: Tensor, weights: Tensor, y: Tensor | None) -> Tensor:
-    """The weight of every pixel of full-resolution logits, NaN where y is C."""
+    """The weight of every pixel of full-resolution logits: 0 where y is -1, NaN where it is C."""
     if y is None:
         return weights.view(-1, *[1] * (z.dim() - 2))
-    w = weights.gather(1, y.clamp(0, weights.shape[1] - 1).flatten(1)).view_as(y)
-    return torch.where(y == z.shape[1], torch.nan, w)
+    weights = weights.expand(-1, z.shape[1])
+    weights = torch.cat((weights[:, :1] * 0, weights, weights[:, :1] * torch.nan), 1)
+    return weights.gather(1, y.flatten(1).long() + 1).view_as(y)
 
 
 def weighted_sum(
