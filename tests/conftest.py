@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 # The processes of pytest-xdist share the cores: with several threads each they would wait for each
 # other. Libraries read it when they are imported.
@@ -49,6 +50,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1.0,
         metavar="FACTOR",
         help="how many times the usual budget each test of `-m stress` spends (default: 1)",
+    )
+    parser.addoption(
+        "--wheels",
+        type=Path,
+        metavar="FOLDER",
+        help="wheels that `hatch_build.py` has built there (default: they are built, for minutes)",
     )
 
 

@@ -45,25 +45,29 @@ each_platform = pytest.mark.parametrize("platform", LEVELS)
 
 
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def wheels(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Every platform's wheel, as the one command builds them."""
-    folder = tmp_path_factory.mktemp("wheels")
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "hatch_build.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return {path.stem.split("-py3-none-")[1]: path for path in folder.iterdir()}
+    folder = request.config.getoption("--wheels")
+    if folder is None:
+        folder = tmp_path_factory.mktemp("wheels")
+        run = subprocess.run(
+            [sys.executable, str(ROOT / "hatch_build.py"), str(folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+    return {path.stem.split("-py3-none-")[1]: path for path in folder.glob("*.whl")}
 
 
 @pytest.fixture(scope="module")
-def unpacked(wheels: dict[str, Path]) -> dict[str, Path]:
+def unpacked(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every wheel's package folder."""
     folders = {}
     for platform, path in wheels.items():
-        folders[platform] = path.parent / platform
+        folders[platform] = tmp_path_factory.mktemp("unpacked") / platform
         with zipfile.ZipFile(path) as archive:
             archive.extractall(folders[platform])
     return folders
