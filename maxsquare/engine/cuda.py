@@ -1022,7 +1022,7 @@ def check(device: torch.device) -> None:
             plain.class_sums(z, None, spec),
         ]
         for potential in (Tsallis(2, -1), CrossEntropy(), Linear()):
-            y = None if isinstance(potential, Linear) else expected[0]
+            y = None if isinstance(potential, Linear) else found[0]
             arguments = (z, weights, y, None, potential, spec, True)
             found += weighted_sum(*arguments)
             expected += plain.weighted_sum(*arguments)
