@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,17 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             shutil.rmtree(self.scratch)
 
 
+def build(platform: str) -> None:
+    """Build the wheel of a platform in the folder that the command line names."""
+    folder = Path(*sys.argv[1:2] or ["dist"]).absolute()
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder],
+        env={**os.environ, VARIABLE: platform},
+        cwd=Path(__file__).parent,
+        check=True,
+    )
+
+
 if __name__ == "__main__":
-    for platform in PLATFORMS:
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "hatchling", "build", "--target", "wheel"),
-                *("--directory", str(Path(*sys.argv[1:2] or ["dist"]).absolute())),
-            ],
-            env={**os.environ, VARIABLE: platform},
-            cwd=Path(__file__).parent,
-            check=True,
-        )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(build, PLATFORMS))
