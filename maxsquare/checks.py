@@ -154,22 +154,31 @@ def check_heads(
         _tensor("low_logits", head)
         if head.dtype != logits.dtype:
             raise TypeError(f"low_logits must be {logits.dtype} like logits, not {head.dtype}")
-        same = head.shape[:2] == logits.shape[:2] and head.dim() == logits.dim()
-        if not same or (0 in head.shape[2:] if resized else head.shape != logits.shape):
-            raise ValueError(
-                f"low_logits must match the shape of logits {tuple(logits.shape)}"
-                f"{' up to height and width' if resized else ''}, not {tuple(head.shape)}"
-                f"{_hint_of_size(same, resized, logits)}"
-            )
-        _same_device("low_logits", head, logits)
+        _same_shape("low_logits", head, logits, resized)
     return list(heads)
 
 
-def _hint_of_size(same: bool, resized: bool, logits: Tensor) -> str:
-    """What to write where two heads differ in their resolution alone."""
-    if not same or resized or logits.dim() < 3:
-        return ""
-    return f": write size=images.shape[-{logits.dim() - 2}:], to which the loss upsamples both"
+def check_teacher(teacher_logits: Tensor, logits: Tensor, *, resized: bool) -> None:
+    """A teacher's logits match `logits` up to dtype, and up to height and width if resized."""
+    _tensor("teacher_logits", teacher_logits)
+    if teacher_logits.dtype not in FLOATS:
+        raise TypeError(f"teacher_logits must be floating point, not {teacher_logits.dtype}")
+    _same_shape("teacher_logits", teacher_logits, logits, resized)
+
+
+def _same_shape(name: str, head: Tensor, logits: Tensor, resized: bool) -> None:
+    """Two heads have one shape, up to height and width if resized, and one device."""
+    same = head.shape[:2] == logits.shape[:2] and head.dim() == logits.dim()
+    if not same or (0 in head.shape[2:] if resized else head.shape != logits.shape):
+        hint = ""
+        if same and not resized and logits.dim() > 2:
+            dims = logits.dim() - 2
+            hint = f": write size=images.shape[-{dims}:], to which the loss upsamples both"
+        raise ValueError(
+            f"{name} must match the shape of logits {tuple(logits.shape)}"
+            f"{' up to height and width' if resized else ''}, not {tuple(head.shape)}{hint}"
+        )
+    _same_device(name, head, logits)
 
 
 def check_image_wise(labels: Tensor | None, ratio: float | None) -> None:
@@ -179,23 +188,6 @@ def check_image_wise(labels: Tensor | None, ratio: float | None) -> None:
             "labels must be None for a loss that is not image-wise: they count the classes of "
             "an image, and are not to be learnt"
         )
-
-
-def check_teacher(teacher_logits: Tensor, logits: Tensor, *, resized: bool) -> None:
-    """A teacher's logits match `logits` up to dtype, and up to height and width if resized."""
-    _tensor("teacher_logits", teacher_logits)
-    if teacher_logits.dtype not in FLOATS:
-        raise TypeError(f"teacher_logits must be floating point, not {teacher_logits.dtype}")
-    same = teacher_logits.shape[:2] == logits.shape[:2] and teacher_logits.dim() == logits.dim()
-    if not same or (
-        0 in teacher_logits.shape[2:] if resized else teacher_logits.shape != logits.shape
-    ):
-        raise ValueError(
-            f"teacher_logits must match the shape of logits {tuple(logits.shape)}"
-            f"{' up to height and width' if resized else ''}, not {tuple(teacher_logits.shape)}"
-            f"{_hint_of_size(same, resized, logits)}"
-        )
-    _same_device("teacher_logits", teacher_logits, logits)
 
 
 def check_prior(prior: Sequence[float] | Tensor | None, activation: str) -> Tensor | None:
