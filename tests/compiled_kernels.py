@@ -102,6 +102,11 @@ def cases() -> dict[str, Callable[[], Any]]:
             call = cuda.classify
             found[f"{name} {str(dtype)[6:]} guidance"] = lambda c=call, a=arguments: c(*a)
             found[f"{name} {str(dtype)[6:]} sums"] = lambda z=z, s=spec: cuda.class_sums(z, None, s)
+        full = full.contiguous(memory_format=torch.channels_last)
+        arguments = (full, ones, None, None, Tsallis(2), LogitsSpec(), True)
+        found[f"channels-last {str(dtype)[6:]} gradient"] = lambda a=arguments: cuda.weighted_sum(
+            *a
+        )
     return found
 
 

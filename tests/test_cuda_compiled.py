@@ -53,6 +53,16 @@ def test_full_resolution_is_read_and_written_16_bytes_at_a_time(
             assert kernel["instructions"] <= 1150
 
 
+@pytest.mark.parametrize(("dtype", "load"), [("float32", "LDG.32"), ("bfloat16", "LDG.U16")])
+def test_channels_last_is_read_along_the_classes(
+    dtype: str, load: str, report: dict[str, dict[str, Any]]
+) -> None:
+    (kernel,) = (v for k, v in report.items() if f"channels-last {dtype}" in k)
+    # A warp holds 16 pixels, and reads the 19 neighbouring classes of each in one access.
+    assert 16 <= kernel["widths"][load] <= 17
+    assert kernel["registers"] <= 96
+
+
 def test_an_upsampled_row_takes_few_instructions(report: dict[str, dict[str, Any]]) -> None:
     rows = {k: v for k, v in report.items() if k.endswith("_upsampled")}
     assert len(rows) == 10

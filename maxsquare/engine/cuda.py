@@ -47,6 +47,8 @@ MAX_CLASSES = 256
 WARP_TILE = 2048
 # With fewer neighbouring pixels, a lane loads less than 16 bytes of half-precision logits.
 MIN_PIXELS, MAX_PIXELS = 64, 1024
+# Of channels-last logits, whose lanes lie along classes, every lane holds all pixels of a tile.
+ACROSS = 4
 # Registers of a thread at full resolution: 20 warps keep a multiprocessor's memory busy.
 REGISTERS = 96
 # Columns of a strip, and classes of a lane, which holds two rows of corners and their gradients.
@@ -774,15 +776,17 @@ class Launch:
         self.chunks = triton.cdiv(classes, block_c)
         wide = dtype.itemsize // 4
         if spec.size is None:
-            block_m = min(max(WARP_TILE // wide // block_c, MIN_PIXELS), MAX_PIXELS)
-            self.programs = triton.cdiv(self.length, block_m)
-            warps = max(1, block_c * block_m * wide // WARP_TILE)
             heads = [z, *others]
             flat = all(flat_stride(head) is not None for head in heads)
             steps = [strides(head, flat) for head in heads]
             options["flat"] = flat
             options["pixels_adjoin"] = flat and all(step[4] == 1 for step in steps)
             options["classes_adjoin"] = all(step[1] == 1 for step in steps)
+            block_m = min(max(WARP_TILE // wide // block_c, MIN_PIXELS), MAX_PIXELS)
+            if options["classes_adjoin"] and not options["pixels_adjoin"]:
+                block_m //= ACROSS
+            self.programs = triton.cdiv(self.length, block_m)
+            warps = max(1, block_c * block_m * wide // WARP_TILE)
             # A vector has at most 16 bytes: 8 elements of half precision.
             vector = 8 if options["pixels_adjoin"] else 1
             unit = math.gcd(vector, self.length, *(s for step in steps for s in step[:2]))
