@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from support import triton_kernels
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or triton_kernels() is None, reason="needs Triton"
-)
+pytestmark = [
+    pytest.mark.stress,  # to compile them takes a minute
+    pytest.mark.skipif(sys.platform != "linux" or triton_kernels() is None, reason="needs Triton"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -43,9 +43,9 @@ RATIOS = (-0.2, 0.0, 0.2, 0.5, 1.0)
 COUNTED = ("prediction", "labels=", "truth")
 THIRDS = ("frequent", "middle", "rare")
 LONGER = 4.0
-# What a step of the discriminator's method costs, in steps of image-wise maximum squares; see
-# step_cost.py.
-ADVERSARIAL_COST = {"scenes": 1.3, "digits": 1.3}
+# What a step with a discriminator costs, in steps of image-wise maximum squares (processor time of
+# one thread).
+ADVERSARIAL_COST = {"scenes": 1.4, "digits": 1.5}
 
 
 # The rows of each loss by their ratio. At 0 the reference scale of image-wise maximum squares is
