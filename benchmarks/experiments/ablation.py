@@ -1,7 +1,7 @@
 """Which part of the method helps, and by how much: all target losses under the same conditions.
 
-    python benchmarks/experiments/ablation.py  # rendered street scenes: an hour, 2 cores
-    python benchmarks/experiments/ablation.py --task digits  # real handwriting: a quarter of that
+    python benchmarks/experiments/ablation.py --seeds 3  # rendered street scenes: two hours, 2 cores
+    python benchmarks/experiments/ablation.py --task digits --seeds 3  # real handwriting: an hour
     python benchmarks/experiments/ablation.py --summary-only  # tables and plots again
 
 Every seed runs every method at several target weights from the same source model, and all see the
