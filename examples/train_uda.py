@@ -49,7 +49,7 @@ from uda import adaptation, checkpoint, loading, outputs, report
 from uda.adaptation import Losses
 from uda.datasets import Sample, SegmentationDataset
 from uda.errors import UserError
-from uda.evaluation import Scores, evaluate, watch
+from uda.evaluation import SMALLEST_SHARE, Scores, evaluate, watch
 from uda.presets import COMPARED, DEMO_CHECKPOINT, NOTES, PRESETS, Settings
 from uda.results import write_results
 
@@ -60,7 +60,6 @@ STATISTICS = "target-statistics"
 # The files of TensorBoard's log.
 LOGS = "events.out.tfevents.*"
 # No class has a smaller share in a prior.
-SMALLEST_SHARE = 1e-4
 # Number of target training images from which BatchNorm statistics are taken.
 STATISTICS_IMAGES = 60
 # Random streams for the order of images.
@@ -211,15 +210,12 @@ def run_stages(job: Job) -> None:
         job.console.print(warning)
 
     source_only = train_source(job, out / SOURCE_ONLY)
-    statistics = prior = None
-    if s.compare or s.prior == "predicted":
+    statistics = before = None
+    if s.compare or s.prior == "predicted" or s.criterion == "steadiness":
         statistics = take_statistics(job, out / STATISTICS, source_only)
-    if s.prior == "predicted":
-        # A class that is never predicted must not make the divergence infinite.
-        prior = torch.tensor(statistics["watched"]["proportions"]).clamp_min(SMALLEST_SHARE)
-        prior /= prior.sum()
+        before = statistics["watched"]["proportions"]
     adapted = {
-        name: adapt(job, name, chosen, source_only, prior)
+        name: adapt(job, name, chosen, source_only, before)
         for name, chosen in adaptations(s).items()
     }
     if job.fabric.is_global_zero:
@@ -281,17 +277,23 @@ def train_source(job: Job, folder: Path) -> State:
 
 
 def adapt(
-    job: Job, name: str, chosen: Adaptation, source: State, prior: torch.Tensor | None
+    job: Job, name: str, chosen: Adaptation, source: State, before: Sequence[float] | None
 ) -> State:
-    """One adaptation of the source model by one method at one weight; returns its last state."""
-    s = job.settings
+    """One adaptation of the source model by one method at one weight; returns its last state.
+
+    before: class proportions predicted by the source model with BatchNorm statistics of the target.
+    """
+    s, prior = job.settings, None
+    if s.prior == "predicted":
+        prior = torch.tensor(before).clamp_min(SMALLEST_SHARE)
+        prior /= prior.sum()
     methods = adaptation.methods(
         ratio=s.ratio, threshold=s.threshold, low_weight=s.low_weight, prior=prior
     )
     target_loss = methods[chosen.method]
     if target_loss is not None:
         target_loss.to(job.fabric.device)  # its prior is a buffer
-    with Stage(job, name, chosen.folder, source) as stage:
+    with Stage(job, name, chosen.folder, source, before) as stage:
         model, fabric_optimizer = stage.prepare(s.lr, s.steps)
         teacher = stage.make_teacher() if isinstance(target_loss, TeacherLoss) else None
         steps = range(stage.state["step"], s.steps)
@@ -345,7 +347,14 @@ class Stage:
     `save` adds, it is everything that a run is between two steps.
     """
 
-    def __init__(self, job: Job, name: str, folder: Path, source: State | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        name: str,
+        folder: Path,
+        source: State | None = None,
+        before: Sequence[float] | None = None,
+    ) -> None:
         """Build the network and give it its weights.
 
         A resumed stage takes them from its own last checkpoint; otherwise they are those of the
@@ -353,6 +362,7 @@ class Stage:
         """
         s = job.settings
         self.job, self.name, self.folder, self.source = job, name, folder, source
+        self.before = before if s.criterion == "steadiness" else None
         self.progress = report.progress_bar(job.console)
         self.optimizer: torch.optim.Optimizer | None = None
         self.teacher: AveragedModel | None = None
@@ -472,14 +482,17 @@ class Stage:
         """Watch the network's predictions, score them if there are labels, and keep the best."""
         state, validation = self.state, self.job.validation
         state["watched"] = watched = self._watch()
-        self.log({f"target/{name}": watched[name] for name in report.WATCHED})
+        self.log({f"target/{name}": watched[name] for name in report.WATCHED if name in watched})
         found = {"step": state["step"], **watched}
         if validation is not None:
             scores = self._score(validation)
             state["confusion"] = scores.confusion
             self.log({"validation/miou": scores.miou})
             found |= report.entry(scores)
-        criterion = "miou" if self.job.settings.select == "labels" else "information"
+        s = self.job.settings
+        criterion = "miou" if s.select == "labels" else s.criterion
+        if self.before is None and criterion == "steadiness":  # the source model itself
+            criterion = "information"
         if state["best"] is None or found[criterion] > state["best"][criterion]:
             state["best"] = found
             self.save("best.pt")
@@ -499,7 +512,7 @@ class Stage:
                 on_progress=lambda images: progress.advance(task, images),
             )
         progress.remove_task(task)
-        watched = report.watched(statistics)
+        watched = report.watched(statistics, self.before)
         before = self.source["watched"]["classes"] if self.source else 0
         if 2 * watched["classes"] < before and not self.warned:
             self.warned = True

@@ -1,13 +1,13 @@
 """Which part of the method helps, and by how much: all target losses under the same conditions.
 
-    python benchmarks/experiments/ablation.py --seeds 3  # rendered street scenes: two hours, 2 cores
+    python benchmarks/experiments/ablation.py --seeds 3  # rendered street scenes: two hours
     python benchmarks/experiments/ablation.py --task digits --seeds 3  # real handwriting: an hour
     python benchmarks/experiments/ablation.py --summary-only  # tables and plots again
 
 Every seed runs every method at several target weights from the same source model, and all see the
 same images in the same order, so that their differences are paired. Of these weights each seed and
-method takes the one whose model has the highest information on unlabelled target images, so that no
-target label influences a number in the tables. A run that was stopped continues where it was.
+method takes one that is chosen on unlabelled target images, as train_uda.py chooses it: no target
+label influences a number in the tables. A run that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -120,10 +120,9 @@ def summarize(started_with: Mapping[str, Any], finished: Finished, seeds: int) -
     """Everything that is reported, as the JSON file holds it."""
     settings = started_with["settings"]
     weights = settings["weights"]
-    finished = {run: add_steadiness(result, run, finished) for run, result in finished.items()}
     chosen = {
-        name: [grid.choose(runs_of(seed, name, weights), finished) for seed in range(seeds)]
-        for name in ROWS
+        name: [grid.choose(row, runs_of(seed, name, weights), finished) for seed in range(seeds)]
+        for name, row in ROWS.items()
     }
     rows = {
         name: summarize_row(name, runs, [finished[run] for run in runs])
@@ -168,16 +167,6 @@ def summarize(started_with: Mapping[str, Any], finished: Finished, seeds: int) -
         },
         "seconds_of_all_runs": sum(result["seconds"] for result in finished.values()),
     }
-
-
-def add_steadiness(result: dict[str, Any], run: Run, finished: Finished) -> dict[str, Any]:
-    """With minus the entropy and minus the divergence of the class proportions from those of the
-    source model with target statistics."""
-    now, before = (
-        torch.tensor(r["proportions"]) for r in (result, finished[Run(run.seed, STATISTICS)])
-    )
-    divergence = (torch.special.xlogy(now, now) - torch.special.xlogy(now, before)).sum().item()
-    return result | {"steadiness": result["certainty"] - divergence}
 
 
 def scores_at(row: str, weight: float, seeds: int, finished: Finished) -> list[float]:
@@ -307,9 +296,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"{environment['workers']} processes.",
         "\n".join(f"- {name}: {text}" for name, text in summary["base"].items()),
         f"{score[0].upper()}{score[1:]}, seeds 0 to {summary['seeds'] - 1}. Each seed takes the "
-        f"weight, of {', '.join(f'{weight:g}' for weight in summary['weights'])}, at which the "
-        "information on unlabelled target training images is highest. Differences are paired: "
-        "all rows of a seed start from one source model and see the same images. Each has "
+        f"weight, of {', '.join(f'{weight:g}' for weight in summary['weights'])}, at which, on "
+        "unlabelled target training images, information is highest, or with an information term "
+        "low entropy at steady proportions. Differences are paired: all rows of a seed start "
+        "from one source model and see the same images. Each has "
         "its 95% confidence interval (Student's t over seeds, not corrected for the number of "
         "comparisons) and the seeds won.",
         results_table(summary),

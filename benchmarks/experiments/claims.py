@@ -170,7 +170,7 @@ def summarize(
     thirds = thirds_of(shares)
     chosen = {
         name: [
-            grid.choose(grid.runs_of(seed, name, row, settings["weights"]), finished)
+            grid.choose(row, grid.runs_of(seed, name, row, settings["weights"]), finished)
             for seed in range(seeds)
         ]
         for name, row in rows(settings["task"]).items()

@@ -30,6 +30,7 @@ from maxsquare import Statistics
 from uda import checkpoint, outputs, report
 from uda.datasets import Progress
 from uda.errors import UserError
+from uda.evaluation import steadiness
 from uda.presets import DEMO_CHECKPOINT
 
 Weights = dict[str, torch.Tensor]
@@ -228,9 +229,10 @@ def runs_of(seed: int, name: str, row: Row, weights: Sequence[float]) -> list[Ru
     return [Run(seed, name, w) for place, w in enumerate(weights) if row.only in (None, place)]
 
 
-def choose(runs: Iterable[Run], finished: Finished) -> Run:
-    """Of the runs of a row at all its weights the one of the highest information."""
-    return max(runs, key=lambda run: finished[run]["information"])
+def choose(row: Row, runs: Iterable[Run], finished: Finished) -> Run:
+    """Of the runs of a row at all its weights the one that train_uda.py chooses without labels."""
+    criterion = "steadiness" if str(row.method).endswith("-information") else "information"
+    return max(runs, key=lambda run: finished[run][criterion])
 
 
 def startable(runs: Iterable[Run], finished: Finished) -> list[Run]:
@@ -436,4 +438,12 @@ def load(folder: Path, rows: Rows, seeds: int) -> tuple[dict[str, Any], Finished
             f"{folder} holds {len(finished)} of {len(runs)} runs: finish them without "
             "--summary-only, or report fewer --seeds."
         )
-    return started_with, finished
+    return started_with, {run: add_steadiness(result, finished) for run, result in finished.items()}
+
+
+def add_steadiness(result: dict[str, Any], finished: Finished) -> dict[str, Any]:
+    """A result with what chooses among models whose loss raises their information by itself."""
+    seed, *_ = result["run"]
+    before = finished[Run(seed, STATISTICS)]["proportions"]
+    found = steadiness(-result["certainty"], result["proportions"], before)
+    return result | {"steadiness": found}

@@ -19,6 +19,9 @@ NOT_FINITE = (
     "learning rate."
 )
 
+# A class that is never predicted must not make a divergence infinite.
+SMALLEST_SHARE = 1e-4
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -158,6 +161,18 @@ def watch(
     if not found.information.isfinite():
         raise UserError(NOT_FINITE)
     return found
+
+
+def steadiness(entropy: float, proportions: Sequence[float], before: Sequence[float]) -> float:
+    """What chooses among models whose loss raises their information by itself.
+
+    It is high where the network is sure of each pixel and predicts the classes as often as before:
+    minus the mean entropy, minus the divergence of the class proportions from those before, in
+    nats. before: proportions of the source model with BatchNorm statistics of the target.
+    """
+    now, earlier = torch.tensor(proportions), torch.tensor(before).clamp_min(SMALLEST_SHARE)
+    divergence = torch.special.xlogy(now, now) - torch.special.xlogy(now, earlier)
+    return -entropy - divergence.sum().item()
 
 
 @torch.no_grad()

@@ -192,7 +192,9 @@ class Settings:
     """Steps between two evaluations during the adaptation, from which best.pt is chosen."""
     select: Select = "information"
     """What chooses best.pt: "information" on unlabelled target training images, or mIoU on the
-    "labels" of the target's validation images, as the published runs did."""
+    "labels" of the target's validation images, as the published runs did. A loss of a method
+    called -information raises the information by itself: for these, "information" chooses where
+    entropy is low and classes are predicted as often as before."""
     source_evaluate_every: int = 0
     """Steps between two evaluations of the source stage on the source's own validation images
     (split "val" of its layout; scenes draw a quarter as many); 0: none."""
@@ -270,6 +272,11 @@ class Settings:
     def has_deeplab(self) -> bool:
         """Whether the network is one of this example's."""
         return self.network in DEEPLABS
+
+    @property
+    def criterion(self) -> Literal["information", "steadiness"]:
+        """What chooses without labels."""
+        return "steadiness" if self.method.endswith("-information") else "information"
 
     @property
     def corners(self) -> bool:

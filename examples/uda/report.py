@@ -24,7 +24,7 @@ import maxsquare
 from maxsquare import Statistics
 from uda.datasets import LABEL_SPACES, DataReport
 from uda.errors import UserError, one_line
-from uda.evaluation import Scores
+from uda.evaluation import Scores, steadiness
 from uda.presets import Preset
 
 T = TypeVar("T")
@@ -35,6 +35,7 @@ WATCHED = {
     "information": ("information (nats)", ".2f"),
     "entropy": ("entropy (nats)", ".2f"),
     "classes": ("predicted classes", "d"),
+    "steadiness": ("steadiness (nats)", ".2f"),
 }
 LOADER_KILLED = (
     "error: A process that loads images was killed, perhaps for want of memory: take fewer "
@@ -81,14 +82,20 @@ def thirteen(scores: Scores) -> Scores:
     return scores.subset(ids)
 
 
-def watched(statistics: Statistics) -> dict[str, Any]:
-    """Statistics of predictions as metrics.json holds them."""
-    return {
+def watched(statistics: Statistics, before: Sequence[float] | None = None) -> dict[str, Any]:
+    """Statistics of predictions as metrics.json holds them; before: as for `steadiness`."""
+    entropy, proportions = statistics.entropy.item(), statistics.proportions.tolist()
+    found = {
         "information": statistics.information.item(),
-        "entropy": statistics.entropy.item(),
+        "entropy": entropy,
         "classes": int(statistics.classes),
-        "proportions": statistics.proportions.tolist(),
+        "proportions": proportions,
     }
+    return (
+        found
+        if before is None
+        else found | {"steadiness": steadiness(entropy, proportions, before)}
+    )
 
 
 def watched_table(columns: Mapping[str, Mapping[str, Any]], title: str) -> Table:
@@ -97,7 +104,9 @@ def watched_table(columns: Mapping[str, Mapping[str, Any]], title: str) -> Table
     for name in columns:
         table.add_column(name, justify="right")
     for key, (label, form) in WATCHED.items():
-        table.add_row(label, *(format(column[key], form) for column in columns.values()))
+        found = [format(column[key], form) if key in column else "-" for column in columns.values()]
+        if any(value != "-" for value in found):
+            table.add_row(label, *found)
     return table
 
 

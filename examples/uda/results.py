@@ -80,19 +80,19 @@ def write_results(
         console.print(scores_table(scores, title))
     console.print(watched_table({name: state["watched"] for name, state in columns.items()}, title))
     if len(s.target_weight) > 1:
-        console.print(f"Of the highest information, and so adapted: {s.out / shown / 'last.pt'}")
+        console.print(f"Of the highest {s.criterion}, and so adapted: {s.out / shown / 'last.pt'}")
     if s.evaluate_every < s.steps:  # else the last evaluation is the only one
         write_best(adapted, s, console)
 
 
 def shown_of(adapted: Mapping[str, Mapping[str, Any]], s: Settings) -> str:
-    """Which adaptation is shown in full: of several weights the one of the highest information."""
+    """Which adaptation is shown in full: of several weights the one of the highest criterion."""
     if s.method in adapted:
         return s.method
     if s.method == "all":
         return PRESETS[s.preset].settings.method
     weights = adapted.keys() - {CONTROL}
-    return max(sorted(weights), key=lambda name: adapted[name]["watched"]["information"])
+    return max(sorted(weights), key=lambda name: adapted[name]["watched"][s.criterion])
 
 
 def entry_of(state: Mapping[str, Any], names: tuple[str, ...] | None) -> dict[str, Any]:
@@ -104,12 +104,14 @@ def entry_of(state: Mapping[str, Any], names: tuple[str, ...] | None) -> dict[st
 def write_best(adapted: Mapping[str, Mapping[str, Any]], s: Settings, console: Console) -> None:
     """Print the evaluations that best.pt was chosen from."""
     by_labels = s.select == "labels"
-    reason = "on target labels, which a user does not have" if by_labels else "by information"
+    reason = f"by {s.criterion}"
+    if by_labels:
+        reason = "on target labels, which a user does not have"
     console.print(f"Best evaluations, chosen {reason}:")
     for name, state in adapted.items():
         best = state["best"]
         found = f"mIoU {best['miou']:.1f}, " if "miou" in best else ""
-        console.print(f"  {name}: {found}information {best['information']:.2f} at {best['step']}")
+        console.print(f"  {name}: {found}{s.criterion} {best[s.criterion]:.2f} at {best['step']}")
 
 
 def write_panel(
