@@ -27,6 +27,7 @@ from test_interruptions import curves
 import train_uda
 from maxsquare import PredictionStatistics
 from uda import adaptation, checkpoint, loading
+from uda.evaluation import steadiness
 from uda.presets import PRESETS
 
 __all__ = ["data_root", "eleven", "finished"]  # fixtures
@@ -75,6 +76,25 @@ def test_the_weight_of_the_highest_information_is_adapted(
     assert train(weights, data_root, *WEIGHTS, "--resume") == 0
     printed = capsys.readouterr().out.replace("\n", "")
     assert f"{chosen}/last.pt" in printed and "information" in printed
+
+
+def test_a_loss_that_raises_the_information_is_chosen_by_steadiness(
+    tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    options = "--method maxsquare-information --target-weight 0.5 500 --no-compare".split()
+    assert train(out, data_root, *options) == 0
+    metrics, printed = metrics_of(out), capsys.readouterr().out
+    before = metrics["target_statistics"]["proportions"]
+    for run in metrics["weights"].values():
+        expected = steadiness(run["entropy"], run["proportions"], before)
+        assert run["steadiness"] == pytest.approx(expected)
+    chosen = max(metrics["weights"].values(), key=lambda run: run["steadiness"])
+    assert metrics["adapted"] == chosen
+    assert "steadiness (nats)" in printed and "Of the highest steadiness" in printed
+    for folder in out.glob("weight-*"):
+        best = checkpoint.load(folder / "best.pt")["best"]
+        assert best["steadiness"] >= checkpoint.load(folder / "last.pt")["watched"]["steadiness"]
 
 
 # What is watched
