@@ -516,7 +516,7 @@ def judge(timed: list[Timed], claims: Sequence[Claim]) -> list[dict[str, Any]]:
         for t in timed:
             fields = CLAIMED_CASE | {"loss": claim.loss, "upsampled": claim.upsampled}
             if fields.items() <= t.case._asdict().items():
-                ratios = {row.competitor: row.ratio for row in t.rows}
+                ratios = {OURS: 1.0} | {row.competitor: row.ratio for row in t.rows}
                 if {claim.competitor, claim.against} <= ratios.keys():
                     measured = ratios[claim.competitor] / ratios[claim.against]
                     met = measured >= claim.ratio
