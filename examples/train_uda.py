@@ -60,7 +60,6 @@ CONTROL = "source"  # the method
 STATISTICS = "target-statistics"
 # The files of TensorBoard's log.
 LOGS = "events.out.tfevents.*"
-# No class has a smaller share in a prior.
 # Number of target training images from which BatchNorm statistics are taken.
 STATISTICS_IMAGES = 60
 # Random streams for the order of images.

@@ -283,7 +283,7 @@ def test_tables_and_plot_are_made_again_from_the_finished_runs(made: Path, tmp_p
     ("remove", "sentence"),
     [
         ("settings.json", "holds no runs"),
-        ("seed0-source.json", "holds"),
+        ("seed0-source.json", "runs: finish them without --summary-only"),
         ("classes.json", "classes.json is missing: make it without --summary-only"),
     ],
 )

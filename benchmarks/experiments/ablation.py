@@ -24,14 +24,12 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markdown import Markdown
 from scipy.stats import spearmanr
 
 import cases
 import grid
 from grid import CONTROL, REFERENCES, SOURCE_ONLY, STATISTICS, Finished, Row, Run
-from tables import compared, difference, draw_interval, mean, mean_and_range, number, table
-from uda import report
+from tables import compared, difference, draw_interval, mean, mean_and_range, number, save, table
 
 QUESTION = "Which part of the method helps on the target, and by how much?"
 
@@ -98,10 +96,7 @@ class Options(grid.Options):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return report.exit_code(
-        lambda: run(report.command_line(Options, arguments), Console()),
-        stopped="Stopped: the same command continues from here.",
-    )
+    return grid.main(run, Options, arguments)
 
 
 def run(options: Options, console: Console) -> None:
@@ -248,16 +243,11 @@ def mean_per_class(
 
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     stem = f"ablation-{summary['task']}"
-    folder.mkdir(parents=True, exist_ok=True)
-    text = markdown(summary)
-    console.print(Markdown(text))
-    cases.save_json(summary, folder / f"{stem}.json")
-    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
+    save(summary, markdown(summary), folder, stem, console)
     write_csv(summary, folder / f"{stem}.csv")
     figure = plot(summary)
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"{stem}.{suffix}", dpi=130)
-    console.print(f"Tables and plot: {folder / stem}.*", soft_wrap=True)
 
 
 def write_csv(summary: Mapping[str, Any], path: Path) -> None:

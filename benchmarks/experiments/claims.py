@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markdown import Markdown
 
 import ablation
 import cases
@@ -31,8 +30,8 @@ import grid
 from alternatives import ADVERSARIAL, GLOBAL_WEIGHTS, upsample
 from grid import CONTROL, SOURCE_ONLY, Finished, Row, class_shares
 from maxsquare import functional
-from tables import compared, difference, table
-from uda import checkpoint, outputs, report
+from tables import compared, difference, save, table
+from uda import checkpoint, outputs
 from uda.errors import UserError
 
 QUESTION = "Do the paper's claims hold: rare classes, the ratio, global weights, a discriminator?"
@@ -90,10 +89,7 @@ class Options(grid.Options):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return report.exit_code(
-        lambda: run(report.command_line(Options, arguments), Console()),
-        stopped="Stopped: the same command continues from here.",
-    )
+    return grid.main(run, Options, arguments)
 
 
 def run(options: Options, console: Console) -> None:
@@ -252,13 +248,8 @@ def mean_iou(results: Sequence[Mapping[str, Any]], members: Sequence[str]) -> li
 
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     stem = f"claims-{summary['task']}"
-    folder.mkdir(parents=True, exist_ok=True)
-    text = markdown(summary)
-    console.print(Markdown(text))
-    cases.save_json(summary, folder / f"{stem}.json")
-    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
+    save(summary, markdown(summary), folder, stem, console)
     plot(summary).savefig(folder / f"{stem}.png", dpi=130)
-    console.print(f"Tables and plot: {folder / stem}.*", soft_wrap=True)
 
 
 def markdown(summary: Mapping[str, Any]) -> str:

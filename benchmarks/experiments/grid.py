@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -178,6 +178,16 @@ class Options:
     @property
     def folder(self) -> Path:
         return self.work or Path("runs") / f"ablation-{self.task}"
+
+
+def main(
+    run: Callable[[Any, Console], None], form: type[Options], arguments: Sequence[str] | None
+) -> int:
+    """Run an experiment with the options of the command line."""
+    return report.exit_code(
+        lambda: run(report.command_line(form, arguments), Console()),
+        stopped="Stopped: the same command continues from here.",
+    )
 
 
 def finish(rows: Rows, options: Options, console: Console) -> tuple[dict[str, Any], Finished]:

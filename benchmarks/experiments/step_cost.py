@@ -160,16 +160,14 @@ def measure(s: Settings, method: str, steps: int, threads: int) -> Cost:
     """Take the steps of a method in this process."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    source_folder, target_folder = s.data_root / s.source_folder, s.data_root / s.target_folder
+    domains = (
+        open_dataset("gta5", source_folder, "train", size=s.source_size),
+        open_dataset("cityscapes", target_folder, "train", size=s.target_size, labels=False),
+    )
     source, target = (
-        loading.batches(
-            open_dataset(kind, s.data_root / folder, "train", size=size, labels=labels),
-            *(s, 0, steps + 1),
-            stream=labels,
-        )
-        for kind, folder, size, labels in (
-            ("gta5", s.source_folder, s.source_size, True),
-            ("cityscapes", s.target_folder, s.target_size, False),
-        )
+        loading.batches(domain, s, 0, steps + 1, stream=stream)
+        for stream, domain in enumerate(domains)
     )
     network = loading.build_network(s).train()
     if s.channels_last:

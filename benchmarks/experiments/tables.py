@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from rich.console import Console
+from rich.markdown import Markdown
 from scipy.stats import ttest_rel
+
+import cases
 
 
 def difference(scores: Sequence[float], against: Sequence[float]) -> dict[str, Any]:
@@ -63,3 +68,12 @@ def draw_interval(
         capsize=3,
         markersize=5,
     )
+
+
+def save(summary: dict[str, Any], text: str, folder: Path, stem: str, console: Console) -> None:
+    """Print the tables, and write them and everything that they are made of."""
+    console.print(Markdown(text))
+    folder.mkdir(parents=True, exist_ok=True)
+    cases.save_json(summary, folder / f"{stem}.json")
+    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
+    console.print(f"Tables and plot: {folder / stem}.*", soft_wrap=True)

@@ -72,20 +72,15 @@ def classify(
     if labels is not None:
         y = labelled(labels, valid, classes, ignore_index)
     else:
-        scores = full_resolution(z.detach(), spec)
+        heads = [full_resolution(head.detach(), spec) for head in (z, guide) if head is not None]
         if threshold is None:
-            largest, y = scores.max(1)
+            largest, y = heads[0].max(1)
+            largest = largest.unsqueeze(0)
         else:
-            scores = Probabilities(scores, spec.from_logits).p()
-            largest = scores.amax(1)
-            if guide is not None:
-                p = Probabilities(full_resolution(guide.detach(), spec), spec.from_logits).p()
-                scores, largest = scores + p, torch.stack((largest, p.amax(1)))
-            y = scores.argmax(1)
-            sure = largest > threshold
-            y = torch.where(sure if guide is None else sure.any(0), y, -1)
-        undefined = largest - largest != 0
-        undefined = undefined if guide is None else undefined.any(0)
+            heads = [Probabilities(head, spec.from_logits).p() for head in heads]
+            largest = torch.stack([p.amax(1) for p in heads])
+            y = torch.where((largest > threshold).any(0), sum(heads[1:], heads[0]).argmax(1), -1)
+        undefined = (largest - largest != 0).any(0)
         y = torch.where(undefined, classes, y)
         y = y if valid is None else torch.where(valid, y, -1)
     # One bin more than there are classes, for pixels that do not count.
@@ -116,6 +111,8 @@ def weighted_terms(
 ) -> Tensor:
     """w phi(p) of every pixel, (N, *spatial), where w is weights[n, y], or weights[n, 0]."""
     z = full_resolution(z, spec)
+    # Classes leave out pixels of the cross entropy. Elsewhere they weight pixels, and are -1 only
+    # where `valid` leaves out the pixel.
     counted = valid
     if isinstance(potential, CrossEntropy):
         assert y is not None
@@ -138,9 +135,8 @@ def pixel_weights(z: Tensor, weights: Tensor, y: Tensor | None) -> Tensor:
     """The weight of every pixel of full-resolution logits: 0 where y is -1, NaN where it is C."""
     if y is None:
         return weights.view(-1, *[1] * (z.dim() - 2))
-    weights = weights.expand(-1, z.shape[1])
-    weights = torch.cat((weights[:, :1] * 0, weights, weights[:, :1] * torch.nan), 1)
-    return weights.gather(1, y.flatten(1).long() + 1).view_as(y)
+    padded = F.pad(F.pad(weights.expand(-1, z.shape[1]), (1, 0)), (0, 1), value=torch.nan)
+    return padded.gather(1, y.flatten(1).long() + 1).view_as(y)
 
 
 def weighted_sum(
