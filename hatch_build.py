@@ -74,9 +74,8 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             shutil.rmtree(self.scratch)
 
 
-def build(platform: str) -> None:
-    """Build the wheel of a platform in the folder that the command line names."""
-    folder = Path(*sys.argv[1:2] or ["dist"]).absolute()
+def build(platform: str, folder: Path) -> None:
+    """Build the wheel of a platform in the folder."""
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder],
         env={**os.environ, VARIABLE: platform},
@@ -86,5 +85,8 @@ def build(platform: str) -> None:
 
 
 if __name__ == "__main__":
+    folder = Path(*sys.argv[1:2] or ["dist"]).absolute()
+    # Builds beside each other would each find no folder, and all but one fail to make it.
+    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(build, PLATFORMS))
+        list(pool.map(build, PLATFORMS, [folder] * len(PLATFORMS)))

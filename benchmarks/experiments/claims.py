@@ -261,8 +261,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"`{summary['command']}`: {cases.name_of(environment)}.",
         "\n".join(f"- {name}: {text}" for name, text in summary["base"].items()),
         f"Seeds 0 to {summary['seeds'] - 1}; each takes the weight, of "
-        f"{', '.join(f'{weight:g}' for weight in summary['weights'])}, at which the information "
-        "on unlabelled target training images is highest. Gains are points of IoU over the source "
+        f"{', '.join(f'{weight:g}' for weight in summary['weights'])}, as the ablation does: that "
+        "of the highest information on unlabelled target training images or, with an information "
+        "term, of low entropy at steady proportions. Gains are points of IoU over the source "
         "model that continued without a target loss, paired, with their 95% confidence interval "
         "(Student's t over seeds) and the seeds won.",
         "\n".join(
