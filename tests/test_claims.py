@@ -177,6 +177,24 @@ def test_received_weights_are_ours_pixel_by_pixel() -> None:
         torch.testing.assert_close(ours[:3], torch.tensor(expected))
 
 
+def test_scores_are_those_of_every_weight_and_of_the_weight_that_each_criterion_takes() -> None:
+    weights, row = (1.0, 4.0, 16.0), grid.Row("", "maxsquare")
+    finished: dict[grid.Run, dict[str, Any]] = {
+        run: {
+            "run": run,
+            "score": 10.0 * place + run.seed,
+            "information": (place == run.seed) * 1.0,
+            "steadiness": -float(place),
+        }
+        for seed in range(SEEDS)
+        for place, run in enumerate(grid.runs_of(seed, "", row, weights))
+    }
+    assert claims.at_every_weight("", row, weights, SEEDS, finished) == {
+        **{"1": 0.5, "4": 10.5, "16": 20.5},
+        **{"information": (0 + 11) / 2, "steadiness": 0.5},
+    }
+
+
 def test_class_shares_count_labelled_pixels() -> None:
     shares = grid.class_shares([torch.tensor([0, 0, 2, -1]), torch.tensor([[2]])], 4)
     assert shares.tolist() == [0.5, 0.0, 0.5, 0.0]

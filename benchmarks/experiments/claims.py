@@ -42,6 +42,7 @@ RATIOS = (-0.2, 0.0, 0.2, 0.5, 1.0)
 COUNTED = ("prediction", "labels=", "truth")
 THIRDS = ("frequent", "middle", "rare")
 LONGER = 4.0
+CRITERIA = ("information", "steadiness")
 # What a step with a discriminator costs, in steps of image-wise maximum squares (processor time of
 # one thread).
 ADVERSARIAL_COST = {"scenes": 1.4, "digits": 1.5}
@@ -201,6 +202,7 @@ def summarize(
                 "label": row.label,
                 "weights": [run.weight for run in chosen[name]],
                 "scores": [result["score"] for result in results[name]],
+                "at_every_weight": at_every_weight(name, row, settings["weights"], seeds, finished),
                 "classes_predicted": statistics.mean(r["classes"] for r in results[name]),
                 "gain": difference(
                     [r["score"] for r in results[name]], [r["score"] for r in control]
@@ -221,6 +223,24 @@ def summarize(
             }
             for name, row in rows(settings["task"]).items()
         },
+    }
+
+
+def at_every_weight(
+    name: str, row: Row, weights: Sequence[float], seeds: int, finished: Finished
+) -> dict[str, float]:
+    """The mean score at each weight, and of the weights that two criteria choose without labels."""
+    models = [
+        [finished[run] for run in grid.runs_of(seed, name, row, weights)] for seed in range(seeds)
+    ]
+    chosen_by = {
+        criterion: [max(of_seed, key=lambda model: model[criterion]) for of_seed in models]
+        for criterion in CRITERIA
+    }
+    columns = {f"{same[0]['run'][2]:g}": same for same in zip(*models, strict=True)} | chosen_by
+    return {
+        column: statistics.mean(model["score"] for model in column_models)
+        for column, column_models in columns.items()
     }
 
 
@@ -256,6 +276,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """The tables, with the explanations that they need."""
     task, environment = summary["task"], summary["environment"]
     rows_of_losses = [row for row in summary["rows"] if row in ablation.METHODS]
+    of_ratios = [at[ratio] for at in (SQUARES_AT, ENTROPY_AT) for ratio in RATIOS]
     sections = [
         f"# {QUESTION}",
         f"`{summary['command']}`: {cases.name_of(environment)}.",
@@ -273,7 +294,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "## Rare and frequent classes",
         thirds_table(summary, rows_of_losses),
         "## The ratio",
-        thirds_table(summary, [at[ratio] for at in (SQUARES_AT, ENTROPY_AT) for ratio in RATIOS]),
+        thirds_table(summary, of_ratios),
+        f"{summary['score']} at every weight, mean over seeds, and at the weights of the highest "
+        "information and of low entropy at steady proportions:",
+        weights_table(summary, of_ratios),
         "The mean weight of the pixels of a third under the source model with target statistics, "
         "in units of the mean over all pixels. Pixels are counted by their predicted class, as the "
         "losses do by themselves; by the labels, and looked up by the predicted class (the option "
@@ -312,6 +336,17 @@ def thirds_table(summary: Mapping[str, Any], names: Sequence[str]) -> str:
                 f"{row['classes_predicted']:.1f}",
             )
             for name, row in found
+        ],
+    )
+
+
+def weights_table(summary: Mapping[str, Any], names: Sequence[str]) -> str:
+    found = [summary["rows"][name] for name in names]
+    return table(
+        ("", *found[0]["at_every_weight"]),
+        [
+            (row["label"], *(f"{score:.1f}" for score in row["at_every_weight"].values()))
+            for row in found
         ],
     )
 
