@@ -67,6 +67,13 @@ def plain_iw_max_square(logits: Tensor, ratio: float = 0.2) -> Tensor:
     return -(p.square().sum(1) * weights.gather(1, y)).sum() / (p.shape[0] * p.shape[1])
 
 
+def plain_information(logits: Tensor) -> Tensor:
+    """Maximum squares, and the squared distance of the mean prediction from uniform."""
+    p = logits.softmax(1)
+    distance = (p.mean((0, 2, 3)) - 1 / p.shape[1]).square().sum() / p.shape[1]
+    return (distance - p.square().mean()) / 2
+
+
 def plain_multi_level(
     logits: Tensor, low_logits: Tensor, threshold: float = 0.95, weight: float = 0.1
 ) -> Tensor:

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cases
-from cases import NOT_IMAGE_WISE, OURS, Bar, Case
+from cases import ALONE, OURS, Bar, Case
 from uda.errors import UserError
 
 QUESTION = (
@@ -103,7 +103,7 @@ def run(options: Options, console: Console) -> None:
     for case in grid(options, device):
         rows = []
         for name in cases.competitors(case):
-            if name != NOT_IMAGE_WISE:
+            if name != ALONE:
                 rows.append(make_row(case, name, measure(device, threads, peak_bytes, case, name)))
         measured.append((case, rows))
         print_case(case, rows, console)

@@ -38,9 +38,9 @@ from rich.table import Table
 
 import cases
 from cases import (
+    ALONE,
     COMPILED,
     CROSS_ENTROPY,
-    NOT_IMAGE_WISE,
     OURS,
     OURS_COMPILED,
     PLAIN,
@@ -68,7 +68,7 @@ COPY_BYTES = 2**28  # far more than a cache holds
 EXP_ELEMENTS_PER_THREAD = 2**15  # operand and result stay in a level-2 cache of 1 MiB
 # Full-resolution logits that a competitor holds at its peak, by benchmarks/memory.py; input too.
 PEAK_TENSORS = {
-    **{OURS: 2, NOT_IMAGE_WISE: 2, CROSS_ENTROPY: 4},
+    **{OURS: 2, ALONE: 2, CROSS_ENTROPY: 4},
     **{COMPILED: 6, OURS_COMPILED: 6, PLAIN: 6, PUBLISHED: 14},
 }
 
@@ -179,11 +179,12 @@ CLAIMS = {
     "cpu": (
         Claim("max_square", False, PUBLISHED, 25),
         Claim("max_square", False, CROSS_ENTROPY, 2.5),
-        Claim("iw_max_square", False, NOT_IMAGE_WISE, 1 / 1.3),
+        Claim("iw_max_square", False, ALONE, 1 / 1.3),
         Claim("max_square", True, PUBLISHED, 50),
         Claim("max_square", True, CROSS_ENTROPY, 10),
         Claim("max_square", True, COMPILED, 10),
         Claim("max_square", True, EXP_FLOOR, 1 / 2.2),
+        Claim("information", True, ALONE, 1 / 3.2),
         Claim("multi_level", True, PUBLISHED, 30),
     ),
     "cuda": (
@@ -197,7 +198,7 @@ KEPT_MEMORY_CLAIMS = (Claim("max_square", False, EXP_FLOOR, 1 / 2.5),)
 # Without kernels the losses take at most a tenth longer than the shortest good PyTorch.
 NO_KERNELS_CLAIMS = tuple(
     Claim(loss, upsampled, plain, 1 / 1.1, ours)
-    for loss in ("max_square", "iw_max_square", "multi_level")
+    for loss in ("max_square", "iw_max_square", "information", "multi_level")
     for upsampled in (False, True)
     for plain, ours in ((PLAIN, OURS), (COMPILED, OURS_COMPILED))
 )
@@ -567,7 +568,7 @@ def print_summary(
         f"  {t.case}: {row.competitor} takes {row.ratio:.2f} times as long"
         for t in timed
         for row in t.rows
-        if row.ratio < 1 and row.competitor not in (*FLOORS, NOT_IMAGE_WISE, OURS_COMPILED)
+        if row.ratio < 1 and row.competitor not in (*FLOORS, ALONE, OURS_COMPILED)
     ]
     console.print("Where maxsquare loses:" if lost else "Nowhere does maxsquare lose.")
     console.print("\n".join(lost), soft_wrap=True, markup=False)
@@ -631,7 +632,7 @@ def plot_scaling(scalings: list[Scaling]) -> Figure:
     figure = Figure(figsize=(9, 4))
     for axes, axis in zip(figure.subplots(1, 2), ("pixels", "classes"), strict=True):
         for scaling in (s for s in scalings if s.axis == axis):
-            color = cases.COLORS[NOT_IMAGE_WISE if scaling.upsampled else OURS]
+            color = cases.COLORS[ALONE if scaling.upsampled else OURS]
             name = "upsampled" if scaling.upsampled else "full resolution"
             label = f"{name}: exponent {scaling.exponent:.2f}"
             axes.plot(scaling.sizes, scaling.ms, "o", color=color, label=label)

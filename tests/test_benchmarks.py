@@ -61,6 +61,7 @@ def inputs_in_double(case: Case) -> cases.Inputs:
     ("loss", "baseline"),
     [
         *itertools.product(("max_square", "iw_max_square", "multi_level"), (PUBLISHED, PLAIN)),
+        ("information", PLAIN),
         ("cross_entropy", CROSS_ENTROPY),
     ],
 )
@@ -269,8 +270,9 @@ def test_cases_after_the_time_limit_are_named(
     assert whole.read_text() == "of the whole grid"
     document = json.loads((tmp_path / "speed-part-cpu.json").read_text())
     measured = [bool(entry["rows"]) for entry in document["cases"]]
-    assert measured == [True] * 8 + [False] * 2
-    assert document["cases"][8]["skipped"] == {"all": "--minutes 0 are over"}
+    headline = 2 * len(cases.LOSSES)
+    assert measured == [True] * headline + [False] * 2
+    assert document["cases"][headline]["skipped"] == {"all": "--minutes 0 are over"}
     output = capsys.readouterr().out
     assert output.count("all left out: --minutes 0 are over") == 2
     assert output.rstrip().endswith(f"{tmp_path}/speed-part*-cpu.*")
