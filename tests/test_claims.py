@@ -280,6 +280,10 @@ def test_gains_are_paired_with_the_source_model_that_continued(made: Path) -> No
         "rare": pytest.approx(more / 2, rel=1e-3),
     }
     assert rows["maxsquare"]["gain_of_classes"]["rare"] == pytest.approx(more / 2, rel=1e-3)
+    step = next(step for step in summary["steps"] if step["row"] == "maxsquare-iw")
+    assert step["against"] == "maxsquare"
+    assert step["gain"]["mean"] == pytest.approx(len("-iw"), rel=1e-3)
+    assert step["gain_of_thirds"]["rare"]["mean"] == pytest.approx(len("-iw") / 2, rel=1e-3)
     longer = rows["maxsquare-longer"]
     assert longer["weights"] == [GRID[1]] * SEEDS
     assert longer["gain"]["mean"] == pytest.approx(more + 3 / 8, rel=1e-3)

@@ -499,7 +499,8 @@ def test_processes_that_draw_end_with_the_run(
 def test_memory_handles_and_threads_stay_the_same_over_many_steps(
     usual: int, tmp_path: Path, start: Start, stress_budget: Budget
 ) -> None:
-    steps, notes = round(stress_budget(usual)), tmp_path / "notes"
+    # At least as many as every test run takes.
+    steps, notes = max(round(stress_budget(usual)), 60), tmp_path / "notes"
     options = (
         "--scenes 12 --source-steps 1 --source-evaluate-every 0 --workers 1 "
         f"--steps {steps} --horizon 0 --log-every 5 --save-every 20 --evaluate-every 20"

@@ -54,6 +54,15 @@ SQUARES_AT = {
     ratio: "maxsquare-iw" if ratio == 0.2 else f"maxsquare-iw-ratio{ratio:g}" for ratio in RATIOS
 }
 ENTROPY_AT = {ratio: f"entropy-iw-ratio{ratio:g}" if ratio else "entropy" for ratio in RATIOS}
+# Pairs of rows whose difference is a claim of the paper, or ours.
+STEPS = (
+    ("maxsquare", "entropy"),
+    ("maxsquare-iw", "maxsquare"),
+    (ENTROPY_AT[0.2], "entropy"),
+    (ablation.FULL, "maxsquare-iw"),
+    ("maxsquare-iw", GLOBAL_WEIGHTS),
+    ("maxsquare-iw", ADVERSARIAL),
+)
 
 
 def rows(task: str) -> dict[str, Row]:
@@ -207,12 +216,7 @@ def summarize(
                 "gain": difference(
                     [r["score"] for r in results[name]], [r["score"] for r in control]
                 ),
-                "gain_of_thirds": {
-                    third: difference(
-                        *(mean_iou(runs, members) for runs in (results[name], control))
-                    )
-                    for third, members in thirds.items()
-                },
+                "gain_of_thirds": gain_of_thirds(results[name], control, thirds),
                 "gain_of_classes": {
                     c: statistics.mean(
                         iou(ours, c) - iou(theirs, c)
@@ -223,6 +227,26 @@ def summarize(
             }
             for name, row in rows(settings["task"]).items()
         },
+        "steps": [
+            {
+                "row": a,
+                "against": b,
+                "gain": difference(*([r["score"] for r in results[name]] for name in (a, b))),
+                "gain_of_thirds": gain_of_thirds(results[a], results[b], thirds),
+            }
+            for a, b in STEPS
+        ],
+    }
+
+
+def gain_of_thirds(
+    ours: Sequence[Mapping[str, Any]],
+    theirs: Sequence[Mapping[str, Any]],
+    thirds: Mapping[str, Sequence[str]],
+) -> dict[str, dict[str, Any]]:
+    return {
+        third: difference(mean_iou(ours, members), mean_iou(theirs, members))
+        for third, members in thirds.items()
     }
 
 
@@ -293,6 +317,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
         ),
         "## Rare and frequent classes",
         thirds_table(summary, rows_of_losses),
+        "Differences of two rows, paired:",
+        steps_table(summary),
         "## The ratio",
         thirds_table(summary, of_ratios),
         f"{summary['score']} at every weight, mean over seeds, and at the weights of the highest "
@@ -336,6 +362,23 @@ def thirds_table(summary: Mapping[str, Any], names: Sequence[str]) -> str:
                 f"{row['classes_predicted']:.1f}",
             )
             for name, row in found
+        ],
+    )
+
+
+def steps_table(summary: Mapping[str, Any]) -> str:
+    label = {name: row["label"] for name, row in summary["rows"].items()}
+    return table(
+        ("", summary["score"], *THIRDS),
+        [
+            (
+                f"{label[step['row']]} − {label[step['against']]}",
+                *(
+                    compared(d, summary["seeds"])
+                    for d in (step["gain"], *step["gain_of_thirds"].values())
+                ),
+            )
+            for step in summary["steps"]
         ],
     )
 
