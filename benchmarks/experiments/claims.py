@@ -429,7 +429,11 @@ def plot(summary: Mapping[str, Any]) -> Figure:
             if share > 0:
                 point = (100 * share, ours[name] - theirs[name])
                 axes.plot(*point, "o", color=cases.COLORS[cases.OURS], markersize=4)
-                axes.annotate(name, point, (3, 2), textcoords="offset points", fontsize=6)
+                # The names of the most frequent classes would reach into the next panel.
+                side, offset = ("right", (-4, 2)) if share > 0.2 else ("left", (3, 2))
+                axes.annotate(
+                    name, point, offset, textcoords="offset points", fontsize=6, ha=side
+                )
         axes.set_xscale("log")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("pixels of the class (%)", fontsize=8)

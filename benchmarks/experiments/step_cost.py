@@ -1,6 +1,6 @@
 """What one step of adaptation costs, by its parts, at the sizes of a preset.
 
-    python benchmarks/experiments/step_cost.py                # the published ResNet-101: 20 minutes
+    python benchmarks/experiments/step_cost.py                # the published ResNet-101: 40 minutes
     python benchmarks/experiments/step_cost.py --preset demo  # the small network: a minute
 
 Images of the preset's sizes are made for it and read from files as data sets are. Each method has a
