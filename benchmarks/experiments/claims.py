@@ -431,9 +431,7 @@ def plot(summary: Mapping[str, Any]) -> Figure:
                 axes.plot(*point, "o", color=cases.COLORS[cases.OURS], markersize=4)
                 # The names of the most frequent classes would reach into the next panel.
                 side, offset = ("right", (-4, 2)) if share > 0.2 else ("left", (3, 2))
-                axes.annotate(
-                    name, point, offset, textcoords="offset points", fontsize=6, ha=side
-                )
+                axes.annotate(name, point, offset, textcoords="offset points", fontsize=6, ha=side)
         axes.set_xscale("log")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("pixels of the class (%)", fontsize=8)
