@@ -345,6 +345,8 @@ def prepare(
     losses = cases.competitors(case)
     skipped = {}
     if options.compile:
+        # Competitors of all cases share code, of which eight compiled forms are kept by default.
+        torch._dynamo.config.recompile_limit = 1000
         losses[COMPILED] = torch.compile(losses.get(PLAIN, losses[CROSS_ENTROPY]), dynamic=False)
         if options.no_kernels:
             losses[OURS_COMPILED] = torch.compile(losses[OURS], dynamic=False)

@@ -1,6 +1,6 @@
 """Do the paper's claims hold here: rare classes, the ratio, global weights, a discriminator?
 
-    python benchmarks/experiments/claims.py --task digits --seeds 3  # two hours on 2 cores
+    python benchmarks/experiments/claims.py --task digits --seeds 3  # after the ablation, an hour
     python benchmarks/experiments/claims.py --summary-only  # tables and plot again
 
 Continues the runs of ablation.py in the same folder with more rows: other exponents of the class
