@@ -153,6 +153,13 @@ def test_only_the_whole_grid_takes_the_place_of_the_whole_grid() -> None:
     assert speed.stem_of(Options(rounds=9, out=Path("elsewhere")), "cpu") == "speed"
     assert speed.stem_of(Options(quick=True), "cpu") == "speed-quick"
     assert speed.stem_of(Options(heights=(512,)), "cpu") == "speed-part"
+    batch = Options(quick=True, heights=(1024,), batches=(4,))
+    assert speed.stem_of(batch, "cuda") == "speed-quick-4x1024"
+
+
+def test_a_cpu_has_no_time_but_that_of_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
+    assert speed.main(["--wall", "--device", "cpu"]) == 2
+    assert "--wall needs a GPU" in capsys.readouterr().err
 
 
 def test_a_bar_too_short_to_be_drawn_keeps_its_number() -> None:
@@ -216,7 +223,7 @@ def test_the_cases_of_the_headline_share_their_rounds(monkeypatch: pytest.Monkey
 
     def measure(runs: dict[Any, Any], *_: object, **limits: float) -> dict[Any, list[float]]:
         taken.extend(runs)
-        assert limits == {"rounds": 3, "seconds": 14}
+        assert limits == {"rounds": 3, "seconds": 14, "wall": False}
         return {key: [1.0 + key[0]] for key in runs}
 
     monkeypatch.setattr(speed, "measure", measure)

@@ -54,6 +54,12 @@ each_resolution = pytest.mark.parametrize("size", [None, (3, 4)], ids=["as is", 
 POTENTIALS = [*(Tsallis(q) for q in (0.5, 1, 1.0001, POWER_FROM_Q)), Tsallis(2, -1), CrossEntropy()]
 
 
+@pytest.fixture(autouse=True)
+def fresh_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are planned once, but tests change the constants of the plans."""
+    monkeypatch.setattr(cuda, "_LAUNCHES", {})
+
+
 def logits(*shape: int, seed: int = 0, spread: float = 2.0) -> Tensor:
     return random_logits(shape, seed=seed, spread=spread).to(DEVICE)
 
@@ -473,6 +479,28 @@ def test_images_of_varying_size_share_few_compilations(upsampled: bool) -> None:
         configs.add((launch.config, *launch.options.items()))
     # At full resolution: the widths of vectors, 1, 2, 4, and 8.
     assert len(configs) <= (4 if not upsampled else 3), configs
+
+
+def test_a_launch_is_planned_once_for_each_shape_layout_and_option() -> None:
+    z, spec = logits(2, 3, 4, 6), LogitsSpec()
+    plan = cuda.planned(z, spec, kind=0)
+    assert cuda.planned(z + 1, spec, kind=0) is plan
+    others = [
+        cuda.planned(z[:1], spec, kind=0),
+        cuda.planned(z.float(), spec, kind=0),
+        cuda.planned(z.contiguous(memory_format=torch.channels_last), spec, kind=0),
+        cuda.planned(z, LogitsSpec((8, 12)), kind=0),
+        cuda.planned(z, spec, [z], kind=0),
+        cuda.planned(z, spec, kind=1),
+    ]
+    assert len({id(other) for other in [plan, *others]}) == 7
+
+
+def test_plans_do_not_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "MAX_LAUNCHES", 3)
+    for width in range(1, 8):
+        cuda.planned(torch.empty(1, 2, 1, width), LogitsSpec())
+    assert len(cuda._LAUNCHES) <= 3
 
 
 # They arrange memory, and launch nothing.

@@ -205,6 +205,26 @@ def test_a_failure_that_is_not_of_the_gpu_kernels_is_raised_and_the_check_repeat
     assert operators.cuda_kernels(device) is Kernels
 
 
+def test_the_gpu_kernels_are_checked_outside_of_inference_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU the gradient of the plain formula, their judge, is wrong within it."""
+    modes = []
+
+    class Kernels:
+        @staticmethod
+        def check(device: torch.device) -> None:
+            modes.append(torch.is_inference_mode_enabled())
+
+    monkeypatch.setattr(operators.importlib, "import_module", lambda name: Kernels)
+    monkeypatch.setattr(operators, "_CHECKED_KERNELS", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with torch.inference_mode():
+        assert operators.cuda_kernels(torch.device("cuda", 0)) is Kernels
+    assert modes == [False]
+
+
 def test_a_graph_cannot_capture_a_loss_before_its_first_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -17,6 +17,7 @@ its own program. The letters are those of potentials.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,8 @@ WARP_TILE = 2048
 MIN_PIXELS, MAX_PIXELS = 64, 1024
 # Of channels-last logits, whose lanes lie along classes, every lane holds all pixels of a tile.
 ACROSS = 4
-# Registers of a thread at full resolution: 20 warps keep a multiprocessor's memory busy.
-REGISTERS = 96
+# Registers of a thread at full resolution: 16 warps keep a multiprocessor's memory busy.
+REGISTERS = 128
 # Columns of a strip, and classes of a lane, which holds two rows of corners and their gradients.
 LANES, LANE_CLASSES = 32, 32
 # More programs would need more memory for shared corners, fewer would leave a GPU idle.
@@ -59,6 +60,8 @@ PROGRAMS = 4096
 COUNTED, ADDED = 2048, 1024
 LOG2E = tl.constexpr(math.log2(math.e))
 MAX_BINS = 512
+# Plans of launches that are kept: images may vary in size.
+MAX_LAUNCHES = 1024
 
 
 def kernel(function: Any) -> Any:
@@ -291,10 +294,9 @@ def _lerp_weight(k, i, axis, CONFIG: tl.constexpr):
 @triton.jit
 def _corner(head, c, i, j, mask, CONFIG: tl.constexpr):
     """Logits of low resolution, 0 where there is no corner."""
-    ptr, classes, rows, columns, row_axis, column_axis = head
+    ptr, classes, rows, row_axis, column_axis = head
     mask &= (i >= 0) & (i < row_axis[3]) & (j >= 0) & (j < column_axis[3])
-    offset = j * columns.to(CONFIG.index) + i * rows.to(CONFIG.index)
-    offset += c * classes.to(CONFIG.index)
+    offset = j + i * rows.to(CONFIG.index) + c * classes.to(CONFIG.index)
     x = tl.load(ptr + offset, mask=mask & (c < CONFIG.channels), other=0).to(CONFIG.dtype)
     # This is `clamp_min`, which keeps NaN.
     return tl.where(x < CONFIG.lowest, CONFIG.lowest, x)
@@ -312,7 +314,7 @@ def _edge(head, start, i, j, across, inside, CONFIG: tl.constexpr):
 @triton.jit
 def _upsampled(head, c, row, column, inside, CONFIG: tl.constexpr):
     """Logits at any row and columns, loading all their corners."""
-    ptr, classes, rows, columns, row_axis, column_axis = head
+    ptr, classes, rows, row_axis, column_axis = head
     i, j = _cell(row, row_axis, CONFIG), _cell(column, column_axis, CONFIG)
     down = _lerp_weight(row, i, row_axis, CONFIG)
     across = _lerp_weight(column, j, column_axis, CONFIG)
@@ -363,8 +365,8 @@ def _weighted_sum(
         at = _pointers(head, n, c, pixel, shape, CONFIG)
         tl.store(at, gradient, mask=inside & (c < CONFIG.channels))
     if start == 0:
-        value = tl.sum(tl.where(counted, w * _value(total, CONFIG), 0.0), 1, keep_dims=True)
-        tl.store(sums_ptr + program + tl.zeros([1, 1], tl.int32), value)
+        value = tl.where(counted, w * _value(total, CONFIG), 0.0)
+        tl.store(sums_ptr + program, tl.sum(value))
 
 
 @kernel
@@ -375,11 +377,13 @@ def _class_sums(
     CONFIG: tl.constexpr,
 ):  # fmt: skip
     """The sums of p over every `parts`-th tile of an image, for one chunk of classes."""
+    C: tl.constexpr = CONFIG.block_c
+    M: tl.constexpr = CONFIG.block_m
     program = tl.program_id(0)
     n, part = (program // parts).to(tl.int64), program % parts
     start = _first_class(CONFIG)
     length *= CONFIG.unit
-    sums = tl.zeros([CONFIG.block_c, CONFIG.block_m], CONFIG.dtype)
+    sums = tl.zeros([C, M], CONFIG.dtype)
     for tile in range(part, tiles, parts):
         pixel = _pixels(tile, CONFIG)
         inside = pixel < length
@@ -494,12 +498,15 @@ def _strip(program, first_i, first_j, band, bands, strips, column_axis, CONFIG: 
     Wide cells have several strips, each of one cell: CONFIG.parts.
     """
     SLOTS: tl.constexpr = CONFIG.slots
+    CELLS: tl.constexpr = CONFIG.block_m // SLOTS
     n = (program // (strips * bands)).to(tl.int64)
     strip = program % strips
     lane = tl.arange(0, CONFIG.block_m)[None, :]
-    first = first_j + strip // CONFIG.parts * (CONFIG.block_m // SLOTS)
-    j = first + lane // SLOTS
-    column = _first(j, column_axis, CONFIG) + strip % CONFIG.parts * SLOTS + lane % SLOTS
+    first = first_j + strip // CONFIG.parts * CELLS
+    # Neighbouring lanes read neighbouring corners: the compiler must see that classes are not the
+    # contiguous dimension, or it spreads lanes over them.
+    j = first + lane % CELLS
+    column = _first(j, column_axis, CONFIG) + strip % CONFIG.parts * SLOTS + lane // CELLS
     inside = (column < _first(j + 1, column_axis, CONFIG)) & (j < column_axis[3])
     across = _lerp_weight(column, j, column_axis, CONFIG)
     return n, strip, program // strips % bands, first, j, column, inside, across
@@ -507,7 +514,7 @@ def _strip(program, first_i, first_j, band, bands, strips, column_axis, CONFIG: 
 
 @kernel
 def _weighted_sum_upsampled(
-    z_ptr, z_n, z_c, z_row, z_column,
+    z_ptr, z_n, z_c, z_row,
     weights_ptr, y_ptr, valid_ptr, sums_ptr,
     grad_ptr, right_ptr, below_ptr, grad_size, below_size,
     row_scale, row_offset, row_denominator, row_source, row_size,
@@ -528,7 +535,7 @@ def _weighted_sum_upsampled(
         tl.program_id(0), first_i, first_j, band, bands, strips, columns, CONFIG
     )
     start = _first_class(CONFIG)
-    head = z_ptr + n * z_n, z_c, z_row, z_column, rows, columns
+    head = z_ptr + n * z_n, z_c, z_row, rows, columns
     G_ptr = weights_ptr + n * CONFIG.classes
     G = _coefficients(G_ptr, 0, CONFIG) if CONFIG.kind == CONFIG.LINEAR else across
     c = _classes(start, CONFIG)
@@ -562,8 +569,7 @@ def _weighted_sum_upsampled(
             g_upper = g_lower
         upper = lower
     if start == 0:
-        at = sums_ptr + tl.program_id(0) + tl.zeros([1, 1], tl.int32)
-        tl.store(at, tl.sum(sums, 1, keep_dims=True))
+        tl.store(sums_ptr + tl.program_id(0), tl.sum(sums))
     if grad_ptr is not None:
         line = (n * CONFIG.channels + c) * bands + b
         at = below_ptr + part * below_size + line * (column_source + strips)
@@ -575,12 +581,14 @@ def _weighted_sum_upsampled(
 @triton.jit
 def _store_corners(g, across, at, beside, real, first_cell, columns, CONFIG: tl.constexpr):
     """Sum the gradient over the columns of every cell, for the corners left and right of it."""
-    CELLS: tl.constexpr = CONFIG.block_m // CONFIG.slots
-    left = tl.sum(tl.reshape(g * (1 - across), [CONFIG.block_c, CELLS, CONFIG.slots]), 2)
-    right = tl.sum(tl.reshape(g * across, [CONFIG.block_c, CELLS, CONFIG.slots]), 2)
+    C: tl.constexpr = CONFIG.block_c
+    SLOTS: tl.constexpr = CONFIG.slots
+    CELLS: tl.constexpr = CONFIG.block_m // SLOTS
+    left = tl.sum(tl.reshape(g * (1 - across), [C, SLOTS, CELLS]), 1)
+    right = tl.sum(tl.reshape(g * across, [C, SLOTS, CELLS]), 1)
     cell = tl.arange(0, CELLS)[None, :]
     # The left corner of a cell is the right corner of the previous one; the last right one wraps.
-    before = tl.zeros([CONFIG.block_c, CELLS], tl.int32) + (cell + CELLS - 1) % CELLS
+    before = tl.zeros([C, CELLS], tl.int32) + (cell + CELLS - 1) % CELLS
     right = tl.gather(right, before, 1)
     j = first_cell + cell
     tl.store(at + j, left + tl.where(cell > 0, right, 0.0), mask=real & (j >= 0) & (j < columns))
@@ -589,7 +597,7 @@ def _store_corners(g, across, at, beside, real, first_cell, columns, CONFIG: tl.
 
 @kernel
 def _combine(
-    z_ptr, z_n, z_c, z_row, z_column,
+    z_ptr, z_n, z_c, z_row,
     partial_ptr, sums_ptr, own_ptr, right_ptr, below_ptr, grad_ptr, grad_size, below_size,
     images, rows, columns, first_i, first_j, band, bands, strips,
     BLOCK: tl.constexpr, CONFIG: tl.constexpr,
@@ -627,7 +635,7 @@ def _combine(
             grad += tl.load(below_at + part * below_size.to(tl.int64) + j, mask=below, other=0)
             grad += tl.load(below_at + columns + before, mask=owed & below, other=0)
         z_at = z_ptr + map // CONFIG.channels * z_n + map % CONFIG.channels * z_c
-        z_at += i * z_row.to(CONFIG.index) + j * z_column.to(CONFIG.index)
+        z_at += i * z_row.to(CONFIG.index) + j
         x = tl.load(z_at, mask=inside, other=0).to(CONFIG.dtype)
         # The gradient of clamped logits is 0.
         grad_at = grad_ptr + map * rows * columns + k
@@ -636,7 +644,7 @@ def _combine(
 
 @kernel
 def _class_sums_upsampled(
-    z_ptr, z_n, z_c, z_row, z_column, valid_ptr, sums_ptr,
+    z_ptr, z_n, z_c, z_row, valid_ptr, sums_ptr,
     row_scale, row_offset, row_denominator, row_source, row_size,
     column_scale, column_offset, column_denominator, column_source, column_size,
     first_i, first_j, band, bands, strips,
@@ -651,7 +659,7 @@ def _class_sums_upsampled(
         tl.program_id(0), first_i, first_j, band, bands, strips, columns, CONFIG
     )
     start = _first_class(CONFIG)
-    head = z_ptr + n * z_n, z_c, z_row, z_column, rows, columns
+    head = z_ptr + n * z_n, z_c, z_row, rows, columns
     first = first_i + b * band
     sums = tl.zeros([C, M], CONFIG.dtype)
     upper = _edge(head, start, first, j, across, inside, CONFIG)
@@ -676,8 +684,8 @@ def _class_sums_upsampled(
 
 @kernel
 def _classify_upsampled(
-    z_ptr, z_n, z_c, z_row, z_column,
-    guide_ptr, guide_n, guide_c, guide_row, guide_column,
+    z_ptr, z_n, z_c, z_row,
+    guide_ptr, guide_n, guide_c, guide_row,
     valid_ptr, y_ptr, threshold: tl.float64,
     row_scale, row_offset, row_denominator, row_source, row_size,
     column_scale, column_offset, column_denominator, column_source, column_size,
@@ -692,13 +700,13 @@ def _classify_upsampled(
     n, _, b, _, j, column, inside, across = _strip(
         tl.program_id(0), first_i, first_j, band, bands, strips, columns, CONFIG
     )
-    head = z_ptr + n * z_n, z_c, z_row, z_column, rows, columns
+    head = z_ptr + n * z_n, z_c, z_row, rows, columns
     first = first_i + b * band
     upper = _edge(head, 0, first, j, across, inside, CONFIG)
     guide_head, guide_upper, guide_lower = head, upper, upper
     if guide_ptr is not None:
         guide_head = (
-            guide_ptr + n * guide_n, guide_c, guide_row, guide_column,
+            guide_ptr + n * guide_n, guide_c, guide_row,
             (guide_row_scale, guide_row_offset, guide_row_denominator, guide_row_source,
              guide_row_size),
             (guide_column_scale, guide_column_offset, guide_column_denominator,
@@ -767,34 +775,30 @@ class KernelConfig:
 class Launch:
     """The division of a call's pixels into programs, and the arguments of its kernels."""
 
-    def __init__(self, z: Tensor, spec: LogitsSpec, others: list[Tensor], **options: Any) -> None:
+    def __init__(self, z: Tensor, spec: LogitsSpec, others: Sequence[Tensor], **options: Any):
         """others: logits at the same pixels."""
         dtype = accumulation_dtype(z.dtype)
         classes, spatial = spec.classes(z), spec.spatial(z)
-        self.z, self.images, self.length = z, len(z), math.prod(spatial)
-        block_c = min(triton.next_power_of_2(classes), MAX_CLASSES)
-        self.chunks = triton.cdiv(classes, block_c)
+        self.images, self.length = len(z), math.prod(spatial)
+        block_c = min(_power_of_2(classes), MAX_CLASSES)
+        self.chunks = _ceil_div(classes, block_c)
         wide = dtype.itemsize // 4
         if spec.size is None:
-            heads = [z, *others]
-            flat = all(flat_stride(head) is not None for head in heads)
-            steps = [strides(head, flat) for head in heads]
+            flat = all(flat_stride(head) is not None for head in (z, *others))
+            steps = [strides(head, flat) for head in (z, *others)]
             options["flat"] = flat
             options["pixels_adjoin"] = flat and all(step[4] == 1 for step in steps)
             options["classes_adjoin"] = all(step[1] == 1 for step in steps)
             block_m = min(max(WARP_TILE // wide // block_c, MIN_PIXELS), MAX_PIXELS)
             if options["classes_adjoin"] and not options["pixels_adjoin"]:
                 block_m //= ACROSS
-            self.programs = triton.cdiv(self.length, block_m)
+            self.programs = _ceil_div(self.length, block_m)
             warps = max(1, block_c * block_m * wide // WARP_TILE)
             # A vector has at most 16 bytes: 8 elements of half precision.
             vector = 8 if options["pixels_adjoin"] else 1
             unit = math.gcd(vector, self.length, *(s for step in steps for s in step[:2]))
             options["unit"] = unit
-            self.heads = [
-                (head, step[0] // unit, step[1] // unit, *step[2:])
-                for head, step in zip(heads, steps, strict=True)
-            ]
+            self.strides = [(step[0] // unit, step[1] // unit, *step[2:]) for step in steps]
             shape = (1, 1, *spatial)[-2:]
             self.geometry: tuple[int, ...] = (self.length // unit, *shape, self.programs)
             reach = [self.length]
@@ -808,19 +812,19 @@ class Launch:
                 for head in (z, *others)
             ]
             rows, columns = axes[0]
-            widest = triton.cdiv(columns[2], columns[0])
-            slots = min(triton.next_power_of_2(widest), LANES)
-            parts = triton.cdiv(widest, slots)
+            widest = _ceil_div(columns[2], columns[0])
+            slots = min(_power_of_2(widest), LANES // 2)
+            parts = _ceil_div(widest, slots)
             # Pixels before the first corner have their own cell.
             first_i, first_j = (-1 if offset < 0 else 0 for _, offset, *_ in (rows, columns))
             cell_rows = rows[3] - first_i
-            self.strips = triton.cdiv(columns[3] - first_j, LANES // slots) * parts
+            self.strips = _ceil_div(columns[3] - first_j, LANES // slots) * parts
             self.band = max(1, self.images * cell_rows * self.strips // PROGRAMS)
-            self.bands = triton.cdiv(cell_rows, self.band)
+            self.bands = _ceil_div(cell_rows, self.band)
             self.programs, self.first = self.bands * self.strips, (first_i, first_j)
             block_m = LANES
             warps = max(1, block_c * wide // LANE_CLASSES)
-            self.heads = [(head, *head.stride()) for head in (z, *others)]
+            self.strides = [head.stride()[:3] for head in (z, *others)]
             self.cut = (*self.first, self.band, self.bands, self.strips)
             self.geometry = (*rows, *columns, *self.cut)
             self.guide_axes = [n for ax in axes[-1] for n in ax]
@@ -837,6 +841,9 @@ class Launch:
             sizes = zip(head.shape[1:], head.stride()[1:], strict=True)
             reach.append(sum((size - 1) * stride for size, stride in sizes))
         self.options: dict[str, Any] = {"num_warps": warps, "num_stages": 1}
+        entropy = options.get("kind") not in (None, CROSS_ENTROPY, LINEAR)
+        if entropy and wide == 1 and options.get("pixels_adjoin"):
+            self.options["maxnreg"] = REGISTERS
         self.config = KernelConfig(
             classes=classes,
             channels=z.shape[1],
@@ -855,10 +862,40 @@ class Launch:
             **options,
         )
 
-    def __call__(self, kernel: Any, *arguments: Any, chunks: int = 1) -> None:
+    def __call__(
+        self,
+        z: Tensor,
+        kernel: Any,
+        *arguments: Any,
+        programs: int | None = None,
+        chunks: int = 1,
+    ) -> None:
         if self.images and self.length:
-            grid = (self.images * self.programs, chunks)
-            run(self.z, kernel, grid, *arguments, CONFIG=self.config, **self.options)
+            grid = (self.images * (programs or self.programs), chunks)
+            run(z, kernel, grid, *arguments, CONFIG=self.config, **self.options)
+
+
+def planned(z: Tensor, spec: LogitsSpec, others: Sequence[Tensor] = (), **options: Any) -> Launch:
+    """The launch of such logits: made once, because to plan it takes longer than to launch it."""
+    key = (z.dtype, spec, *((t.shape, t.stride()) for t in (z, *others)), *options.items())
+    launch = _LAUNCHES.get(key)
+    if launch is None:
+        if len(_LAUNCHES) >= MAX_LAUNCHES:
+            _LAUNCHES.clear()
+        launch = _LAUNCHES[key] = Launch(z, spec, others, **options)
+    return launch
+
+
+_LAUNCHES: dict[tuple[Any, ...], Launch] = {}
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The next power of 2."""
+    return 1 << (n - 1).bit_length()
 
 
 def run(z: Tensor, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -889,25 +926,29 @@ def classify(
     if labels is not None:
         y = plain.labelled(labels, valid, classes, ignore_index).to(index_dtype(classes))
     else:
-        launch = Launch(
-            z, spec, [] if guide is None else [guide], thresholded=threshold is not None
-        )
+        heads = [_readable(head, spec) for head in (z, guide) if head is not None]
+        launch = planned(heads[0], spec, heads[1:], thresholded=threshold is not None)
         y = z.new_empty((len(z), *spec.spatial(z)), dtype=index_dtype(classes))
-        heads = launch.heads if guide is not None else [*launch.heads, (None, *launch.heads[0][1:])]
         kernel, geometry = _classify, launch.geometry
         if spec.size is not None:
             kernel = _classify_upsampled
             geometry = (*geometry, *launch.guide_axes, launch.length)
+        guide_head = (None if guide is None else heads[1], *launch.strides[-1])
         maps = (None if valid is None else valid.contiguous(), y, threshold or 0.0)
-        launch(kernel, *(n for head in heads for n in head), *maps, *geometry)
+        launch(z, kernel, heads[0], *launch.strides[0], *guide_head, *maps, *geometry)
     length, bins = math.prod(y.shape[1:]), classes + 1
-    parts = max(min(triton.cdiv(length, COUNTED), PROGRAMS // max(len(y), 1)), 1)
+    parts = max(min(_ceil_div(length, COUNTED), PROGRAMS // max(len(y), 1)), 1)
     counts = y.new_empty((len(z), parts, bins), dtype=torch.int32)
     if len(y):
-        block = min(triton.next_power_of_2(bins + 1), MAX_BINS)
-        grid = (len(y) * parts, triton.cdiv(bins, block - 1))
+        block = min(_power_of_2(bins + 1), MAX_BINS)
+        grid = (len(y) * parts, _ceil_div(bins, block - 1))
         run(z, _count, grid, y, counts, length, parts, bins, BLOCK=COUNTED, BINS=block)
     return y, counts.sum(1)
+
+
+def _readable(z: Tensor, spec: LogitsSpec) -> Tensor:
+    """Logits as the kernels read them: those of low resolution are small enough to be copied."""
+    return z if spec.size is None else z.contiguous()
 
 
 def weighted_sum(*arguments: Any) -> tuple[Tensor, Tensor | None]:
@@ -937,16 +978,14 @@ def weighted_parts(
     weights = weights.to(accumulation_dtype(z.dtype))
     maps = [None if t is None else t.contiguous() for t in (weights, y, valid)]
     if spec.size is not None:
-        return _sum_upsampled(z, maps, spec, needs_grad, options)
+        return _sum_upsampled(z.contiguous(), maps, spec, needs_grad, options)
     grad = torch.empty_like(z) if needs_grad else None
-    launch = Launch(z, spec, [] if grad is None else [grad], **options)
+    launch = planned(z, spec, [] if grad is None else [grad], **options)
     sums = weights.new_empty((len(z), launch.programs))
-    heads = launch.heads if needs_grad else [*launch.heads, (None, *launch.heads[0][1:])]
-    if isinstance(potential, Tsallis) and z.dtype != torch.float64 and launch.config.pixels_adjoin:
-        launch.options["maxnreg"] = REGISTERS
     launch(
+        z,
         _weighted_sum,
-        *(*(n for head in heads for n in head), *maps, sums, *launch.geometry),
+        *(z, *launch.strides[0], grad, *launch.strides[-1], *maps, sums, *launch.geometry),
         chunks=launch.chunks if needs_grad else 1,
     )
     return sums, grad
@@ -959,7 +998,7 @@ def _sum_upsampled(
     needs_grad: bool,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    launch = Launch(z, spec, [], **options)
+    launch = planned(z, spec, **options)
     dtype = accumulation_dtype(z.dtype)
     rows, columns, bands, strips = *z.shape[2:], launch.bands, launch.strips
     partial = z.new_empty((len(z), launch.programs), dtype=dtype)
@@ -973,16 +1012,18 @@ def _sum_upsampled(
         right = z.new_empty((*z.shape[:2], rows, strips), dtype=dtype)
         below = z.new_empty((parts, *z.shape[:2], bands, columns + strips), dtype=dtype)
         buffers, sizes = [own, right, below], (z.numel(), below.numel() // parts)
+    head = (z, *launch.strides[0])
     launch(
+        z,
         _weighted_sum_upsampled,
-        *(*launch.heads[0], *maps, partial, *buffers, *sizes, *launch.geometry, launch.length),
+        *(*head, *maps, partial, *buffers, *sizes, *launch.geometry, launch.length),
         chunks=launch.chunks if needs_grad else 1,
     )
     if grad is None or not len(z):
         return partial, grad
     sums = partial.new_empty((len(z), 1))
-    blocks = triton.cdiv(rows * columns, ADDED)
-    arguments = (*launch.heads[0], partial, sums, *buffers, grad, *sizes, len(z), rows, columns)
+    blocks = _ceil_div(rows * columns, ADDED)
+    arguments = (*head, partial, sums, *buffers, grad, *sizes, len(z), rows, columns)
     grid = (len(z) * (1 + z.shape[1] * blocks),)
     run(z, _combine, grid, *arguments, *launch.cut, BLOCK=ADDED, CONFIG=launch.config)
     return sums, grad
@@ -990,17 +1031,19 @@ def _sum_upsampled(
 
 def class_sums(z: Tensor, valid: Tensor | None, spec: LogitsSpec) -> Tensor:
     """`plain.class_sums`."""
-    launch = Launch(z, spec, [], masked=valid is not None)
-    classes, programs = launch.config.classes, launch.programs
+    z = _readable(z, spec)
+    launch = planned(z, spec, masked=valid is not None)
+    programs = launch.programs
     valid = None if valid is None else valid.contiguous()
     if spec.size is None:
         # Fewer, longer programs, because each stores the sums of all classes.
-        launch.programs = programs = max(1, min(programs, PROGRAMS // max(len(z), 1)))
+        programs = max(1, min(programs, PROGRAMS // max(len(z), 1)))
         kernel, arguments = _class_sums, (*launch.geometry, programs)
     else:
         kernel, arguments = _class_sums_upsampled, (*launch.geometry, launch.length)
-    sums = z.new_empty((len(z), programs, classes), dtype=accumulation_dtype(z.dtype))
-    launch(kernel, *launch.heads[0], valid, sums, *arguments, chunks=launch.chunks)
+    sums = z.new_empty((len(z), programs, spec.classes(z)), dtype=accumulation_dtype(z.dtype))
+    head = (z, *launch.strides[0])
+    launch(z, kernel, *head, valid, sums, *arguments, programs=programs, chunks=launch.chunks)
     return sums.sum(1)
 
 
@@ -1025,11 +1068,18 @@ def check(device: torch.device) -> None:
             *plain.classify(z, guide, None, None, spec, 0.5),
             plain.class_sums(z, None, spec),
         ]
+        names = ["classes", "counts", "class sums"]
         for potential in (Tsallis(2, -1), CrossEntropy(), Linear()):
             y = None if isinstance(potential, Linear) else found[0]
             arguments = (z, weights, y, None, potential, spec, True)
             found += weighted_sum(*arguments)
             expected += plain.weighted_sum(*arguments)
-        for result, reference in zip(found, expected, strict=True):
-            if not torch.allclose(result.double(), reference.double(), rtol=1e-4, atol=1e-5):
-                raise RuntimeError("they disagree with the plain formula")
+            names += [f"sums of {potential}", f"gradient of {potential}"]
+        for name, result, reference in zip(names, found, expected, strict=True):
+            result, reference = result.double(), reference.double()
+            if not torch.allclose(result, reference, rtol=1e-4, atol=1e-5):
+                off = float((result - reference).abs().max())
+                raise RuntimeError(
+                    f"they disagree with the plain formula by {off:.1g} in the {name}"
+                    f"{' of upsampled logits' if size else ''}"
+                )

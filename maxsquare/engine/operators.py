@@ -109,7 +109,8 @@ def check_cuda_kernels(device: torch.device) -> ModuleType | None:
     """The CUDA kernels if they agree with the plain formula; otherwise None, after a warning."""
     try:
         kernels = importlib.import_module("maxsquare.engine.cuda")
-        with torch.cuda.device(device):
+        # On a GPU inference mode spoils the gradient of the plain formula, which is the judge.
+        with torch.cuda.device(device), torch.inference_mode(False):
             kernels.check(device)
     except _OTHER_FAILURES:
         raise
