@@ -270,7 +270,7 @@ class Bar(NamedTuple):
 def plot_bars(columns: Sequence[Mapping[Case, Sequence[Bar]]], xlabel: str) -> Figure:
     """Horizontal bars on a log scale: in each column a titled group for each case."""
     lines = max(sum(1.5 + len(bars) for bars in groups.values()) for groups in columns)
-    figure = Figure(figsize=(13, 1 + 0.2 * lines))
+    figure = Figure(figsize=(14, 1 + 0.2 * lines))
     values = [bar.value for groups in columns for bars in groups.values() for bar in bars]
     # A bar that is far shorter than the others would flatten them; its number alone is shown.
     left = max(0.7 * min(values), max(values) / 1000)
@@ -278,7 +278,7 @@ def plot_bars(columns: Sequence[Mapping[Case, Sequence[Bar]]], xlabel: str) -> F
         ticks: dict[float, str] = {}
         y = 0.0
         for case, bars in groups.items():
-            axes.text(0.01, y, str(case), transform=axes.get_yaxis_transform(), va="center", size=9)
+            axes.text(0.01, y, str(case), transform=axes.get_yaxis_transform(), va="center", size=8)
             for bar in bars:
                 y += 1
                 ticks[y] = bar.competitor

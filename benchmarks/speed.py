@@ -4,11 +4,14 @@
     python benchmarks/speed.py --quick --busy 2        # beside two processes that compute
     python benchmarks/speed.py --quick --keep-memory   # with freed memory kept for the next tensor
     python benchmarks/speed.py --quick --no-kernels    # as on a machine without a C++ compiler
+    python benchmarks/speed.py --quick --heights 1024 --batches 4   # a batch for a GPU
+    python benchmarks/speed.py --quick --wall          # on a GPU: as the host sees the calls
     python benchmarks/speed.py          # the whole grid, as far as memory and --minutes allow
 
 All competitors run in one process in interleaved rounds, so that whatever else the machine does
 meets each of them; all cases of the headline are interleaved too. Ratios are of medians; their
-range is the quartiles of the rounds' ratios.
+range is the quartiles of the rounds' ratios. On a GPU it is the GPU's own time that counts, as in a
+training step, whose host runs ahead.
 """
 
 from __future__ import annotations
@@ -64,6 +67,8 @@ FLOORS = (BYTES_FLOOR, EXP_FLOOR)
 
 MIN_ROUNDS = 3
 SHORTEST_SAMPLE = 0.02  # seconds; the clock and the start of a kernel must not be seen in it
+# Calls of a sample on a GPU, and the cycles, some 20 ms, in which the host launches them.
+GPU_CALLS, HEAD_START = 5, 40_000_000
 COPY_BYTES = 2**28  # far more than a cache holds
 EXP_ELEMENTS_PER_THREAD = 2**15  # operand and result stay in a level-2 cache of 1 MiB
 # Full-resolution logits that a competitor holds at its peak, by benchmarks/memory.py; input too.
@@ -105,6 +110,8 @@ class Options:
     """After that no further case is started."""
     busy: int = 0
     """Processes that compute beside it, as the workers of a data loader do."""
+    wall: bool = False
+    """On a GPU: the time of calls as the host sees them, instead of the GPU's own."""
     keep_memory: bool = False
     """Let glibc keep freed memory for the next tensor, as other allocators do; else the system
     hands out every large gradient anew, page by page."""
@@ -120,6 +127,8 @@ class Options:
         cases.refuse_impossible(self)
         if self.rounds < MIN_ROUNDS:
             raise UserError(f"--rounds must be at least {MIN_ROUNDS}, not {self.rounds}.")
+        if self.wall and cases.resolve_device(self.device) == "cpu":
+            raise UserError("--wall needs a GPU: on a CPU there is no other time.")
         if self.busy < 0:
             raise UserError(f"--busy must be 0 or more, not {self.busy}.")
         for name in ("seconds", "slowest", "minutes"):
@@ -173,8 +182,11 @@ class Claim(NamedTuple):
     against: str = OURS
 
 
-# For logits of (1, 19, 512, 1024) in float32, on two CPU threads or a GPU of the H200's class.
-CLAIMED_CASE = {"classes": 19, "height": 512, "batch": 1, "dtype": "float32"}
+# On two CPU threads, or a GPU of the H100's class.
+CLAIMED_CASE = {
+    "cpu": {"classes": 19, "height": 512, "batch": 1, "dtype": "float32"},
+    "cuda": {"classes": 19, "height": 1024, "batch": 4, "dtype": "float32"},
+}
 CLAIMS = {
     "cpu": (
         Claim("max_square", False, PUBLISHED, 25),
@@ -189,8 +201,10 @@ CLAIMS = {
     ),
     "cuda": (
         Claim("max_square", False, BYTES_FLOOR, 1 / 1.3),
-        Claim("max_square", False, COMPILED, 1),
-        Claim("max_square", True, COMPILED, 3),
+        Claim("max_square", False, COMPILED, 2),
+        Claim("max_square", True, COMPILED, 15),
+        Claim("max_square", True, PUBLISHED, 200),
+        Claim("multi_level", True, COMPILED, 8),
     ),
 }
 # With the gradient's memory at hand; the larger of both floors.
@@ -308,7 +322,12 @@ def stem_of(options: Options, device: str) -> str:
     if options.quick:
         beside = f"-busy-{options.busy}" if options.busy else ""
         kept = "-kept-memory" if options.keep_memory else ""
-        return f"speed-quick{beside}{kept}{'-no-kernels' if options.no_kernels else ''}"
+        case = grid(options, device)[0]
+        size = "" if (case.batch, case.height) == (1, 512) else f"-{case.batch}x{case.height}"
+        return (
+            f"speed-quick{size}{beside}{kept}{'-no-kernels' if options.no_kernels else ''}"
+            f"{'-wall' if options.wall else ''}"
+        )
     return "speed" if grid(options, device) == grid(Options(), device) else "speed-part"
 
 
@@ -325,7 +344,11 @@ def time_cases(
         for name, run in runs_of_case.items()
     }
     samples = measure(
-        runs, group[0].device, rounds=options.rounds, seconds=options.seconds * len(group)
+        runs,
+        group[0].device,
+        rounds=options.rounds,
+        seconds=options.seconds * len(group),
+        wall=options.wall,
     )
     timed = []
     for number, (case, (runs_of_case, skipped)) in enumerate(zip(group, contests, strict=True)):
@@ -378,7 +401,12 @@ def prepare(
 
 
 def measure(
-    runs: Mapping[Key, Callable[[], object]], device: str, *, rounds: int, seconds: float
+    runs: Mapping[Key, Callable[[], object]],
+    device: str,
+    *,
+    rounds: int,
+    seconds: float,
+    wall: bool = False,
 ) -> dict[Key, list[float]]:
     """Seconds of a call, one sample a round.
 
@@ -387,6 +415,8 @@ def measure(
     """
 
     def sample(run: Callable[[], object], calls: int) -> float:
+        if device == "cuda" and not wall:
+            return gpu_seconds(run)
         synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
@@ -406,6 +436,19 @@ def measure(
         for name in shuffled.sample(names, len(names)):
             samples[name].append(sample(runs[name], calls[name]))
     return samples
+
+
+def gpu_seconds(run: Callable[[], object]) -> float:
+    """Seconds of a call on the GPU, which waits until the host has launched all calls."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START)
+    start.record()
+    for _ in range(GPU_CALLS):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000 / GPU_CALLS
 
 
 def keep_memory() -> None:
@@ -506,7 +549,9 @@ def measure_scaling(case: Case, axis: str, options: Options) -> Scaling:
         )
         for point in points
     }
-    samples = measure(runs, case.device, rounds=options.rounds, seconds=options.seconds)
+    samples = measure(
+        runs, case.device, rounds=options.rounds, seconds=options.seconds, wall=options.wall
+    )
     ms = [1000 * statistics.median(times) for times in samples.values()]
     fit = statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, ms)])
     return Scaling(axis, case.upsampled, sizes, ms, fit.slope)
@@ -517,7 +562,10 @@ def judge(timed: list[Timed], claims: Sequence[Claim]) -> list[dict[str, Any]]:
     verdicts = []
     for claim in claims:
         for t in timed:
-            fields = CLAIMED_CASE | {"loss": claim.loss, "upsampled": claim.upsampled}
+            fields = CLAIMED_CASE[t.case.device] | {
+                "loss": claim.loss,
+                "upsampled": claim.upsampled,
+            }
             if fields.items() <= t.case._asdict().items():
                 ratios = {OURS: 1.0} | {row.competitor: row.ratio for row in t.rows}
                 if {claim.competitor, claim.against} <= ratios.keys():
@@ -537,8 +585,8 @@ def print_case(t: Timed, console: Console) -> None:
     for row in t.rows:
         table.add_row(
             row.competitor,
-            f"{row.ms:.2f}",
-            "{:.2f} - {:.2f}".format(*row.ms_quartiles),
+            f"{row.ms:.3f}",
+            "{:.3f} - {:.3f}".format(*row.ms_quartiles),
             f"{row.ratio:.2f}",
             "{:.2f} - {:.2f}".format(*row.ratio_quartiles),
             end_section=row.competitor == OURS,
@@ -557,7 +605,7 @@ def print_summary(
             + (", upsampled." if scaling.upsampled else ".")
         )
     if verdicts:
-        console.print("Claims, made for two CPU threads or a GPU of the H200's class:")
+        console.print("Claims, made for two CPU threads or a batch on a GPU of the H100's class:")
     for claim in verdicts:
         console.print(
             f"{'met' if claim['met'] else 'NOT met':7}  {claim['loss']}"
@@ -593,10 +641,8 @@ def plot_headline(timed: list[Timed]) -> Figure:
 
 
 def short(value: float) -> str:
-    """With one decimal, or what takes its place where that would be 0; four digits at most."""
-    if value < 0.1:
-        return f"{value:.1g}"
-    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+    """With three digits."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def plot_grid(timed: list[Timed]) -> Figure:
