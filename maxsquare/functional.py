@@ -512,6 +512,28 @@ def prediction_divergence(
     return (weight.view(-1, groups).sum(0) * divergence).sum()
 
 
+def upsampled_once(
+    heads: Sequence[Any], size: Size, align_corners: bool, from_logits: bool
+) -> list[Tensor] | None:
+    """Heads that several terms of a loss read, at their full resolution; None if kernels upsample.
+
+    Also None for what the terms refuse, and in their own words.
+    """
+    if size is None or not all(isinstance(head, Tensor) for head in heads):
+        return None
+    upsampled, first = [], heads[0]
+    for head in heads:
+        alike = head.dtype == first.dtype and head.shape[:2] == first.shape[:2]
+        if not alike or head.dim() < 3 or not head.is_floating_point():
+            return None
+        spec = LogitsSpec(check_size(size, head), bool(align_corners), False, bool(from_logits))
+        z, spec = engine.prepare(_drop_subclass(head), spec)
+        if spec.has_kernels:
+            return None
+        upsampled.append(z)
+    return upsampled
+
+
 def prediction_counts(
     logits: Tensor, *, size: Size, align_corners: bool, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:

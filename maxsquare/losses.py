@@ -563,6 +563,9 @@ class InformationMaximizationLoss(nn.Module):
         labels: Tensor | None = None,
     ) -> Tensor:
         """Target loss plus weighted divergence; the class documents the arguments."""
+        once = functional.upsampled_once([logits], size, align_corners, self.from_logits)
+        if once is not None:
+            (logits,), size = once, None
         call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
         target: Tensor = self.target_loss(logits, labels=labels, **call)
         options: dict[str, Any] = {
@@ -723,6 +726,11 @@ class MultiLevelLoss(nn.Module):
         labels: Tensor | None = None,
     ) -> Tensor:
         """Target loss plus weighted guidance; the class documents the arguments."""
+        heads = [logits, *(low_logits if isinstance(low_logits, (list, tuple)) else [low_logits])]
+        from_logits = bool(self.target_loss.from_logits)
+        once = functional.upsampled_once(heads, size, align_corners, from_logits)
+        if once is not None:
+            (logits, *low_logits), size = once, None
         call: dict[str, Any] = {"size": size, "align_corners": align_corners, "valid": valid}
         target: Tensor = self.target_loss(logits, labels=labels, **call)
         guidance = functional.guidance_loss(

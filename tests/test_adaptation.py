@@ -55,7 +55,6 @@ COVERING = {
     "entropy/multi=0/freeze_bn=0/dup=1",
     "IW_entropy/multi=0/freeze_bn=0/dup=1",
     "maxsquare/multi=0/freeze_bn=0/dup=0",
-    "IW_maxsquare/multi=1/freeze_bn=0/dup=1/sgd=1.0.0",
     "IW_maxsquare/multi=1/freeze_bn=1/dup=1/sgd=1.0.0",
 }
 

@@ -171,7 +171,7 @@ def test_a_bar_too_short_to_be_drawn_keeps_its_number() -> None:
     upsampled = Timed(case._replace(upsampled=True), rows, {})
     _, right = speed.plot_headline([Timed(case, rows[:1], {}), upsampled]).axes
     assert [label.get_text() for label in right.get_yticklabels()] == [OURS, speed.BYTES_FLOOR]
-    number = next(text for text in right.texts if text.get_text() == " 0.01 ms (0.0004x)")
+    number = next(text for text in right.texts if text.get_text() == " 0.0123 ms (0.0004x)")
     assert number.get_position()[0] >= right.get_xlim()[0] > 0.0123
 
 

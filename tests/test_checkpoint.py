@@ -63,15 +63,26 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_ctrl_c_while_torch_writes_is_no_failed_write(tmp_path: Path) -> None:
+LOADER_DIED = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+@pytest.mark.parametrize("signalled", [KeyboardInterrupt(), LOADER_DIED], ids=["Ctrl-C", "loader"])
+def test_what_a_signal_raises_while_torch_writes_is_no_failed_write(
+    signalled: BaseException, tmp_path: Path
+) -> None:
     class Interrupted(io.BytesIO):
         def write(self, _: object) -> int:
-            raise KeyboardInterrupt
+            raise signalled
+
+    def before_torch_writes(_: object) -> None:
+        raise signalled
 
     path = tmp_path / "last.pt"
     checkpoint.save(path, STATE)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.write(path, lambda _: torch.save(STATE, Interrupted()))
+    for content in (lambda _: torch.save(STATE, Interrupted()), before_torch_writes):
+        with pytest.raises(type(signalled)) as raised:
+            checkpoint.write(path, content)
+        assert raised.value is signalled
     assert checkpoint.load(path)["step"] == 3
 
 

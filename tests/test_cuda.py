@@ -228,8 +228,8 @@ def test_pixels_beyond_one_tile(classes: int) -> None:
 
 
 UPSAMPLINGS = {
-    "strips of several cells": ((3, 11), (5, 42), True),
-    "cells wider than a strip": ((2, 2), (3, 75), True),
+    "strips of several cells": ((3, 9), (4, 34), True),
+    "cells wider than a strip": ((2, 2), (2, 40), True),
     "half a cell before the first corner": ((2, 9), (7, 36), False),
     "one row and column": ((1, 1), (5, 40), True),
     "fewer pixels than corners": ((7, 37), (3, 5), False),
@@ -248,12 +248,12 @@ def test_upsampled_by_any_ratio(name: str) -> None:
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_corners_that_programs_share(align_corners: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of several rows of cells, as in large images."""
-    monkeypatch.setattr(cuda, "PROGRAMS", 16)
-    z, spec = logits(2, 3, 7, 5), LogitsSpec((15, 41), align_corners)
+    monkeypatch.setattr(cuda, "PROGRAMS", 6)
+    z, spec = logits(1, 2, 5, 5), LogitsSpec((9, 41), align_corners)
     launch = cuda.Launch(z, spec, [])
     assert launch.band > 1 and launch.bands > 1 and launch.strips > 1
     assert_sums_equal(z, Tsallis(2, -1), spec)
-    assert_classes_equal(z, spec, threshold=0.5, guide=logits(2, 3, 7, 5, seed=1))
+    assert_classes_equal(z, spec, threshold=0.5, guide=logits(1, 2, 5, 5, seed=1))
 
 
 def test_pixels_beyond_one_program_that_counts() -> None:
@@ -583,16 +583,15 @@ def test_capture_in_a_graph(size: tuple[int, int] | None) -> None:
     assert all(map(torch.equal, slopes, gradients))
 
 
-@pytest.mark.parametrize("default_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_kernels_pass_their_own_check(
-    default_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_the_kernels_pass_their_own_check_whatever_the_default_dtype(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if DEVICE == "cpu":  # the interpreter has no driver that could name its target
         target = SimpleNamespace(backend="cuda")
         driver = SimpleNamespace(get_current_target=lambda: target)
         monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(default_dtype)
+    torch.set_default_dtype(torch.bfloat16)
     try:
         cuda.check(torch.device(DEVICE))
     finally:

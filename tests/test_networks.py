@@ -204,7 +204,11 @@ def test_every_form_of_output_becomes_two_heads(
 
 @pytest.mark.parametrize(
     ("network", "method"),
-    [("deeplabv3", "maxsquare-iw-multi"), ("unet", "maxsquare-iw"), ("segformer", "maxsquare-iw")],
+    [
+        ("deeplabv3", "maxsquare-iw-multi"),
+        pytest.param("unet", "maxsquare-iw", marks=pytest.mark.stress),
+        ("segformer", "maxsquare-iw"),
+    ],
 )
 def test_a_network_of_another_library_is_adapted_and_resumed(
     network: str,

@@ -35,7 +35,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
-from maxsquare import IWMaxSquareLoss, MaxSquareLoss, functional
+from maxsquare import (
+    InformationMaximizationLoss,
+    IWMaxSquareLoss,
+    MaxSquareLoss,
+    MultiLevelLoss,
+    functional,
+)
 from maxsquare.engine import operators, plain
 from maxsquare.potentials import POWER_FROM_Q, CrossEntropy, Tsallis, numbers_of
 
@@ -149,6 +155,28 @@ def test_the_plain_formula_computes_where_a_device_has_no_kernels(
     assert_close(value, expected)
     for ours, slope in zip(plain_slopes, slopes, strict=True):
         assert_close(ours, slope)
+
+
+def test_without_kernels_each_head_is_upsampled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "kernels_for", lambda z: None)
+    heads = [random_logits((2, 3, 4, 5), seed=seed) for seed in range(3)]
+    made: list[Tensor] = []
+    interpolate = plain.F.interpolate
+
+    def noted(z: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        made.append(z)
+        return interpolate(z, *arguments, **options)
+
+    monkeypatch.setattr(plain.F, "interpolate", noted)
+    call: Any = {"size": (8, 10), "valid": random_valid((2, 8, 10))}
+    multi_level = MultiLevelLoss(InformationMaximizationLoss(IWMaxSquareLoss()))
+    multi_level(heads[0], heads[1:], **call)
+    assert len(made) == 3
+    # Their terms say what is wrong with their input, in the same words as ever.
+    with pytest.raises(TypeError, match="low_logits must be torch.float64"):
+        multi_level(heads[0], heads[1].float(), **call)
+    with pytest.raises(TypeError, match="low_logits must be a tensor or a list of tensors"):
+        multi_level(heads[0], None, **call)
 
 
 @each_loss

@@ -738,7 +738,6 @@ def test_image_wise_losses_of_as_many_images_each_are_those_of_the_whole_batch(
 def test_a_graph_goes_with_its_last_reference(member: Member, size: tuple[int, int] | None) -> None:
     """Not with the next collection of garbage, until which its logits would fill the memory."""
     loss = partial(member.make(), size=size)
-    gc.collect()
     gc.disable()
     try:
         for used in (False, True):

@@ -52,8 +52,10 @@ def write(path: Path, content: Callable[[BinaryIO], object]) -> None:
     except (OSError, RuntimeError) as error:
         # torch's archive writer turns every exception while it writes into a RuntimeError.
         reason = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(reason, KeyboardInterrupt):
-            raise reason from None
+        # Signals raise within any line: Ctrl-C, and PyTorch's word of a loader process that died.
+        for cause in (reason, error):
+            if isinstance(cause, KeyboardInterrupt) or "DataLoader worker" in str(cause):
+                raise cause from None
         with contextlib.suppress(OSError):  # a read-only file system refuses this, too
             partial.unlink()
         raise UserError(
