@@ -22,7 +22,8 @@ The results called "adapted" are those of the last step; of several --target-wei
 of the weight with the highest information on unlabelled target images. "best" is the evaluation of
 the highest information, or with --select labels that of the highest mIoU on the target's validation
 images, as in the published runs. A target without labels is adapted to and chosen for all the same.
-For methods called -information, steadiness takes the place of information (uda/evaluation.py).
+For methods called -information, and image-wise ones with a --ratio from 0.5 on, steadiness takes
+the place of information (uda/evaluation.py).
 """
 
 from __future__ import annotations

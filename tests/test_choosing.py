@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,19 @@ def test_curves_show_information_entropy_and_classes(finished: Path) -> None:
         assert logged[f"target/{name}"][-1][1] == pytest.approx(
             metrics_of(finished)["adapted"][name], rel=1e-6
         )
+
+
+def test_steadiness_chooses_where_the_loss_raises_information_by_itself() -> None:
+    steady = {
+        (method, ratio)
+        for method in adaptation.methods()
+        for ratio in (-0.2, 0.2, 0.49, 0.5, 1.0)
+        if replace(PRESETS["demo"].settings, method=method, ratio=ratio).criterion == "steadiness"
+    }
+    with_term = {m for m in adaptation.methods() if m.endswith("-information")}
+    image_wise = {"maxsquare-iw", "maxsquare-iw-multi", "entropy-iw", "maxsquare-iw-information"}
+    assert {method for method, ratio in steady if ratio < 0.5} == with_term
+    assert {method for method, ratio in steady if ratio >= 0.5} == with_term | image_wise
 
 
 @pytest.mark.parametrize(("select", "criterion"), [("information", 0), ("labels", 1)])

@@ -31,7 +31,7 @@ from uda import checkpoint, outputs, report
 from uda.datasets import Progress
 from uda.errors import UserError
 from uda.evaluation import steadiness
-from uda.presets import DEMO_CHECKPOINT
+from uda.presets import DEMO_CHECKPOINT, criterion_of
 
 Weights = dict[str, torch.Tensor]
 
@@ -241,7 +241,7 @@ def runs_of(seed: int, name: str, row: Row, weights: Sequence[float]) -> list[Ru
 
 def choose(row: Row, runs: Iterable[Run], finished: Finished) -> Run:
     """Of the runs of a row at all its weights the one that train_uda.py chooses without labels."""
-    criterion = "steadiness" if str(row.method).endswith("-information") else "information"
+    criterion = criterion_of(str(row.method), row.ratio)
     return max(runs, key=lambda run: finished[run][criterion])
 
 

@@ -40,6 +40,8 @@ LARGEST_SEED = 2**32 - 1  # of NumPy's generators
 # The stride of the network. A smaller image has one position of logits, and BatchNorm cannot
 # average over a batch of one.
 SMALLEST_SIDE = 8
+# From this ratio on information takes ruined models for the best (benchmarks/README.md).
+LARGE_RATIO = 0.5
 POSITIVE = "source_lr lr batch_size processes machines log_every save_every evaluate_every".split()
 NOT_NEGATIVE = (
     "seed scenes source_steps source_horizon steps horizon momentum weight_decay low_weight "
@@ -276,12 +278,22 @@ class Settings:
     @property
     def criterion(self) -> Literal["information", "steadiness"]:
         """What chooses without labels."""
-        return "steadiness" if self.method.endswith("-information") else "information"
+        return criterion_of(self.method, self.ratio)
 
     @property
     def corners(self) -> bool:
         """The align_corners with which logits are upsampled."""
         return self.has_deeplab or self.align_corners
+
+
+def criterion_of(method: str, ratio: float) -> Literal["information", "steadiness"]:
+    """What chooses among models of a method without labels.
+
+    Steadiness does where the loss raises the information by itself: with the information term, and
+    with image-wise weights of a large ratio, which favour whatever is predicted rarely.
+    """
+    favours_rare = "-iw" in method and ratio >= LARGE_RATIO
+    return "steadiness" if method.endswith("-information") or favours_rare else "information"
 
 
 def _listed(weights: tuple[float, ...]) -> str:
