@@ -229,18 +229,6 @@ def run(options: Options, console: Console) -> None:
         keep_memory()
     if options.no_kernels:
         hide_compilers()
-    busy = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.busy)
-    ]
-    try:
-        compete(options, console)
-    finally:
-        for process in busy:
-            process.kill()
-
-
-def compete(options: Options, console: Console) -> None:
-    began = time.perf_counter()
     device = cases.resolve_device(options.device)
     # A folder that cannot be written to shows before anything is measured.
     options.out.mkdir(parents=True, exist_ok=True)
@@ -249,8 +237,22 @@ def compete(options: Options, console: Console) -> None:
     environment = cases.environment(device)
     console.print(QUESTION)
     console.print(f"On {cases.name_of(environment)}.")
+    # The floors are those of the machine alone.
     machine = measure_machine(device)
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.busy)
+    ]
+    try:
+        compete(options, device, machine, environment, console)
+    finally:
+        for process in busy:
+            process.kill()
 
+
+def compete(
+    options: Options, device: str, machine: Machine, environment: dict[str, Any], console: Console
+) -> None:
+    began = time.perf_counter()
     timed: list[Timed] = []
     headline_cases = grid(replace(options, quick=True), device)
     other_cases = grid(options, device)[len(headline_cases) :]
