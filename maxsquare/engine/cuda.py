@@ -775,7 +775,9 @@ class KernelConfig:
 class Launch:
     """The division of a call's pixels into programs, and the arguments of its kernels."""
 
-    def __init__(self, z: Tensor, spec: LogitsSpec, others: Sequence[Tensor], **options: Any):
+    def __init__(
+        self, z: Tensor, spec: LogitsSpec, others: Sequence[Tensor], **options: Any
+    ) -> None:
         """others: logits at the same pixels."""
         dtype = accumulation_dtype(z.dtype)
         classes, spatial = spec.classes(z), spec.spatial(z)
