@@ -131,12 +131,12 @@ def test_curves_show_information_entropy_and_classes(finished: Path) -> None:
 def test_steadiness_chooses_where_the_loss_raises_information_by_itself() -> None:
     steady = {
         (method, ratio)
-        for method in adaptation.methods()
+        for method in ("all", *adaptation.methods())
         for ratio in (-0.2, 0.2, 0.49, 0.5, 1.0)
         if replace(PRESETS["demo"].settings, method=method, ratio=ratio).criterion == "steadiness"
     }
     with_term = {m for m in adaptation.methods() if m.endswith("-information")}
-    image_wise = {"maxsquare-iw", "maxsquare-iw-multi", "entropy-iw", "maxsquare-iw-information"}
+    image_wise = {"maxsquare-iw", "maxsquare-iw-multi", "entropy-iw", "all"}
     assert {method for method, ratio in steady if ratio < 0.5} == with_term
     assert {method for method, ratio in steady if ratio >= 0.5} == with_term | image_wise
 

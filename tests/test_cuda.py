@@ -583,19 +583,31 @@ def test_capture_in_a_graph(size: tuple[int, int] | None) -> None:
     assert all(map(torch.equal, slopes, gradients))
 
 
-def test_the_kernels_pass_their_own_check_whatever_the_default_dtype(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if DEVICE == "cpu":  # the interpreter has no driver that could name its target
+@pytest.fixture
+def named_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter has no driver that could name its target."""
+    if DEVICE == "cpu":
         target = SimpleNamespace(backend="cuda")
         driver = SimpleNamespace(get_current_target=lambda: target)
         monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+
+
+@pytest.mark.usefixtures("named_target")
+def test_the_kernels_pass_their_own_check_whatever_the_default_dtype() -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         cuda.check(torch.device(DEVICE))
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("named_target")
+def test_the_check_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    class_sums = cuda.class_sums
+    monkeypatch.setattr(cuda, "class_sums", lambda *arguments: class_sums(*arguments) * 1.001)
+    with pytest.raises(RuntimeError, match="disagree with the plain formula in the class sums$"):
+        cuda.check(torch.device(DEVICE))
 
 
 def test_a_triton_that_cannot_compile_the_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,9 +290,10 @@ def criterion_of(method: str, ratio: float) -> Literal["information", "steadines
     """What chooses among models of a method without labels.
 
     Steadiness does where the loss raises the information by itself: with the information term, and
-    with image-wise weights of a large ratio, which favour whatever is predicted rarely.
+    with image-wise weights of a large ratio, which favour whatever is predicted rarely. "all" has
+    such weights in it.
     """
-    favours_rare = "-iw" in method and ratio >= LARGE_RATIO
+    favours_rare = ("-iw" in method or method == "all") and ratio >= LARGE_RATIO
     return "steadiness" if method.endswith("-information") or favours_rare else "information"
 
 
